@@ -1,0 +1,48 @@
+"""Batch statistics from the moments of the rows, over all processes: for whitening, explained variance and logs."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lenvm_rl.advantages.types import Moments
+
+
+class Pooled(NamedTuple):
+    """Token count, mean and population variance of a batch; 0-dim float64 tensors, on the device."""
+
+    tokens: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def pooled(tokens: Tensor, moments: Moments, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Pooled:
+    """Mean and variance over all tokens of a batch.
+
+    Args:
+        tokens: (B,) token counts. Rows set to 0 here are left out.
+        moments: of the quantity, from `RowStats`.
+        reduce: adds up a (3,) tensor over processes, e.g. `partial(accelerator.reduce, reduction="sum")`.
+
+    Widths T differ between processes and averages of averages are wrong, so it is three sums that travel.
+    """
+    dtype = torch.float32 if tokens.device.type == "mps" else torch.float64
+    count, mean, m2 = tokens.to(dtype), moments.mean.to(dtype), moments.m2.to(dtype)
+    chosen = tokens > 0
+    first, second = torch.where(chosen, count * mean, 0), torch.where(chosen, m2 + count * mean.square(), 0)
+    count, first, second = reduce(torch.stack([count.sum(), first.sum(), second.sum()]))
+    mean = first / count.clamp(min=1)
+    return Pooled(count, mean, (second / count.clamp(min=1) - mean.square()).clamp(min=0))
+
+
+def explained_variance(
+    tokens: Tensor, error: Moments, returns: Moments, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Tensor:
+    """1 - Var[returns - values] / Var[returns] of a critic over all tokens; nan where the returns do not vary.
+
+    `error` is the critic's advantage: `stats.length` with `stats.returns`, or `stats.task` with `stats.task_returns`.
+    """
+    target = pooled(tokens, returns, reduce).variance
+    unexplained = pooled(tokens, error, reduce).variance
+    return torch.where(target > 0, 1 - unexplained / target, torch.nan)
