@@ -1,0 +1,88 @@
+"""What a person sees of a run while it trains, and how they stop it."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SHOWN = {
+    "length/correct_rate": "correct {:.0%}",
+    "completions/mean_length": "{:.1f} tokens",
+    "length/explained_variance": "critic {:.2f}",
+}
+
+
+class TrainingProgress(TrainerCallback):
+    """A progress bar with the share of correct completions, their length, and how well the critic still fits."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.progress = Progress(
+                TextColumn("     train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, shown="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress is not None:
+            logs = kwargs["logs"]
+            shown = [text.format(logs[key]) for key, text in SHOWN.items() if logs.get(key) is not None]
+            if shown:
+                self.progress.update(self.task, shown=", ".join(shown))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends training after the current step, on all processes; the second one at once."""
+
+    interrupted: bool
+    """Training was ended so; the same on all processes."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.interrupted = False
+        self._asked = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.previous = signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            signal.signal(signal.SIGINT, self.previous)  # no on_train_end follows
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        stop = self._asked
+        if self.accelerator.num_processes > 1:
+            # the signal may reach the processes in different steps, or one of them while it waits here: what was agreed
+            # decides, or one would stop alone
+            stop = bool(self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device)))
+        if stop:
+            self.interrupted = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        signal.signal(signal.SIGINT, self.previous)
