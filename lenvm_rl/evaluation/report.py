@@ -1,0 +1,104 @@
+"""What a training run leaves behind for a person: a table, curves, sample completions and ``summary.json``."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lenvm_rl.evaluation.accuracy import Score
+
+
+def comparison_table(rows: dict[str, Score], title: str = "") -> Table:
+    """Scores side by side; a change of tokens is shown against the first row."""
+    table = Table(title=escape(title) or None, title_justify="left")
+    for heading in ("", "accuracy", "95 % interval", "tokens", "change", "tokens per correct", "finished"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    first = next(iter(rows.values()))
+    for name, score in rows.items():
+        change = 100 * (score.completion_tokens / first.completion_tokens - 1)
+        table.add_row(
+            escape(name),
+            f"{100 * score.accuracy:.1f} %",
+            f"{100 * score.accuracy_low:.1f} .. {100 * score.accuracy_high:.1f}",
+            f"{score.completion_tokens:.1f}",
+            f"{change:+.0f} %" if score is not first else "",
+            f"{score.tokens_per_correct:.1f}" if score.tokens_per_correct else "-",
+            f"{100 * score.finished:.1f} %",
+        )
+    return table
+
+
+def sample_table(prompts: Sequence[Any], columns: Mapping[str, Sequence[str]]) -> Table:
+    """Completions of the same prompts, one column for each policy."""
+    table = Table(title="Sample completions", title_justify="left", show_lines=True)
+    table.add_column("prompt", ratio=1)
+    for name in columns:
+        table.add_column(name, ratio=2)
+    for prompt, *texts in zip(prompts, *columns.values(), strict=True):
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        table.add_row(escape(question), *(escape(text) for text in texts))
+    return table
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write beside and rename, so that a reader never sees half a file."""
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+CURVES = {
+    "accuracy": ("share of correct completions", ("length/correct_rate",)),
+    "completion length": ("tokens", ("completions/mean_length", "length/correct_tokens", "length/wrong_tokens")),
+    "length critic": ("explained variance", ("length/explained_variance",)),
+}
+"""Panels of the training figure: title -> label of the axis and the logged metrics in it."""
+
+
+def plot_training_curves(log_history: list[dict[str, Any]], path: Path, title: str = "") -> None:
+    """Draw `CURVES` over the optimizer steps. Panels without data are left out; without any, no file is written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    series = {
+        key: [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
+        for _, keys in CURVES.values()
+        for key in keys
+    }
+    panels = {name: (label, [k for k in keys if series[k]]) for name, (label, keys) in CURVES.items()}
+    panels = {name: panel for name, panel in panels.items() if panel[1]}
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
+    for axis, (name, (label, keys)) in zip(axes[0], panels.items(), strict=True):
+        for key in keys:
+            axis.plot(*zip(*series[key], strict=True), label=key.rpartition("/")[2].replace("_", " "))
+        axis.set(title=name, xlabel="optimizer step", ylabel=label)
+        axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def training_curve(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Step, share of correct completions and mean tokens of the training rollouts."""
+    return [
+        {"step": entry["step"], "accuracy": entry["length/correct_rate"], "tokens": entry["completions/mean_length"]}
+        for entry in log_history
+        if "length/correct_rate" in entry
+    ]
+
+
+def console() -> Console:
+    """Wide enough for the tables where the output is no terminal."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=140)

@@ -1,0 +1,150 @@
+"""Sampling completions with transformers' ``generate``: one function for rollouts, evaluation and nested sampling."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | list[dict[str, Any]]
+"""Text, or a conversation in the chat format."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are drawn. What a critic is pretrained on and what RL rolls out must agree.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}: rollouts are sampled.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The tokens that a model generated after a prompt."""
+
+    ids: list[int]
+    """The end token included, where the model emitted one."""
+    finished: bool
+    """The last token is an end token; otherwise the completion was cut at the token limit."""
+
+
+def prompt_token_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of plain or conversational prompts, as TRL's trainers tokenise them."""
+    return [
+        tokenizer(prompt).input_ids
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+        for prompt in prompts
+    ]
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the model's own (end of turn among them) and the tokenizer's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    declared = model.generation_config.eos_token_id
+    ends = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends = [tokenizer.eos_token_id, *ends]
+    if not ends:
+        raise ValueError(
+            "Neither the model's generation_config nor the tokenizer names an end token, so no completion could ever "
+            "finish: set tokenizer.eos_token."
+        )
+    return ends
+
+
+@torch.no_grad()
+def sample_completions(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    settings: SamplingSettings,
+    *,
+    batch_size: int = 256,
+    on_batch: Callable[[int, int], None] = lambda completions, tokens: None,
+) -> list[Completion]:
+    """One completion for each prompt, in the order of the prompts.
+
+    Args:
+        model: any causal language model; its training mode is restored.
+        tokenizer: gives the padding token; the end token stands in for a missing one.
+        prompt_ids: token ids of each prompt, unpadded. Repeat a prompt to sample it several times.
+        settings: how to sample. The random state is torch's own: seed it for a repeatable result.
+        batch_size: prompts of one ``generate`` call.
+        on_batch: called after each batch with the completions and tokens it made, for progress.
+
+    Raises:
+        ValueError: an empty prompt, or no end token.
+    """
+    for row, ids in enumerate(prompt_ids):
+        if not ids:
+            raise ValueError(f"prompt {row} has no tokens: there is nothing to complete.")
+    ends = end_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    generation = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=True,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=0,
+        # explicit, as in TRL: a model's own default would bend the distribution unseen
+        repetition_penalty=1.0,
+        pad_token_id=pad,
+        eos_token_id=ends,
+    )
+    completions: list[Completion] = []
+    training, model = model.training, model.eval()
+    try:
+        for start in range(0, len(prompt_ids), batch_size):
+            rows = prompt_ids[start : start + batch_size]
+            width = max(map(len, rows))
+            input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+            generated = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=generation)
+            batch = [_until_end(row, ends) for row in generated[:, width:].tolist()]
+            completions += batch
+            on_batch(len(batch), sum(len(completion.ids) for completion in batch))
+    finally:
+        model.train(training)
+    return completions
+
+
+def sample_texts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings,
+    *,
+    seed: int = 0,
+) -> list[str]:
+    """One completion of each prompt as text, for people to read; torch's random state is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        completions = sample_completions(model, tokenizer, prompt_token_ids(tokenizer, prompts), settings)
+    return tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
+
+
+def _until_end(ids: list[int], ends: list[int]) -> Completion:
+    for position, token in enumerate(ids):
+        if token in ends:
+            return Completion(ids[: position + 1], finished=True)
+    return Completion(ids, finished=False)
