@@ -13,13 +13,14 @@ from rich.table import Table
 from lenvm_rl.evaluation.accuracy import Score
 
 
-def comparison_table(rows: dict[str, Score], title: str = "") -> Table:
-    """Scores side by side; a change of tokens is shown against the first row."""
+def comparison_table(rows: Mapping[str, Score | None], title: str = "") -> Table:
+    """Scores side by side; a change of tokens is shown against the first row. What was not evaluated is left out."""
     table = Table(title=escape(title) or None, title_justify="left")
     for heading in ("", "accuracy", "95 % interval", "tokens", "change", "tokens per correct", "finished"):
         table.add_column(heading, justify="left" if not heading else "right")
-    first = next(iter(rows.values()))
-    for name, score in rows.items():
+    scores = {name: score for name, score in rows.items() if score is not None}
+    first = next(iter(scores.values()))
+    for name, score in scores.items():
         change = 100 * (score.completion_tokens / first.completion_tokens - 1)
         table.add_row(
             escape(name),
@@ -50,6 +51,70 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(beside, path)
+
+
+def write_results(
+    output: Path,
+    *,
+    policy: str,
+    critic: str | None,
+    task: str,
+    scores: Mapping[str, Score | None],
+    log_history: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> None:
+    """Model card, training curves and ``summary.json`` of a run, into its folder.
+
+    Args:
+        output: the folder, with the trained policy in it.
+        policy, critic, task: names of what was trained, with what (None: plain GRPO) and on what.
+        scores: evaluations, before and after; None where there was none.
+        log_history: of the trainer's state.
+        summary: what else ``summary.json`` shall say; ``steps`` is required.
+    """
+    done = {name: score for name, score in scores.items() if score is not None}
+    card = model_card(output.name, policy=policy, critic=critic, task=task, scores=done, steps=summary["steps"])
+    (output / "README.md").write_text(card)
+    method = "LenVM-GRPO" if critic else "GRPO"
+    plot_training_curves(log_history, output / "curves.png", title=f"{method} on {task}")
+    results = {name: score.to_dict() if score else None for name, score in scores.items()}
+    write_json(output / "summary.json", {**results, **summary, "curve": training_curve(log_history)})
+
+
+def model_card(
+    name: str, *, policy: str, critic: str | None, task: str, scores: Mapping[str, Score], steps: int
+) -> str:
+    """Markdown that says what a trained policy is, how it was made and what it achieves."""
+    method = f"LenVM-GRPO with the length critic `{critic}`" if critic else "GRPO"
+    rows = [
+        f"| {label} | {score.accuracy:.1%} ({score.accuracy_low:.1%} to {score.accuracy_high:.1%}) "
+        f"| {score.completion_tokens:.1f} | {score.problems:,} |"
+        for label, score in scores.items()
+    ]
+    results = "\n".join(["| | accuracy (95 % interval) | completion tokens | problems |", "|---|---|---|---|", *rows])
+    return f"""---
+library_name: transformers
+tags: [trl, grpo, lenvm, length-control]
+---
+
+# {name}
+
+`{policy}`, trained for {steps} optimizer steps of {method} on the task `{task}` with lenvm_rl.
+
+{results if rows else "It was not evaluated."}
+
+One completion was sampled per held-out problem. `summary.json` holds the whole configuration, `curves.png` the course
+of training.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+policy, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
+```
+
+The length critic: Length Value Model, [arXiv 2604.27039](https://arxiv.org/abs/2604.27039).
+GRPO: DeepSeekMath, [arXiv 2402.03300](https://arxiv.org/abs/2402.03300).
+"""
 
 
 CURVES = {

@@ -1,0 +1,147 @@
+"""LenVM-GRPO: a frozen length critic makes a policy reason in fewer tokens, inside TRL's GRPO.
+
+The embedded policy, critic and task, on whatever this machine has:
+
+    accelerate launch recipes/grpo_lenvm.py
+
+The same under DeepSpeed ZeRO-2, and a real model from its own configuration:
+
+    accelerate launch --config_file recipes/accelerate/cpu_zero2.yaml recipes/grpo_lenvm.py
+    accelerate launch recipes/grpo_lenvm.py --config recipes/configs/smollm2.yaml
+
+Every flag of TRL's GRPOConfig and ModelConfig works, every flag of LenVMGRPOConfig and those below; flags win over the
+YAML of --config. Plain GRPO is --length_coef 0.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from lenvm_rl.assets import model_path
+from lenvm_rl.evaluation.accuracy import Score, evaluate_policy
+from lenvm_rl.evaluation.report import comparison_table, console, sample_table, write_results
+from lenvm_rl.launch import check_model, distributed_summary, parse, run
+from lenvm_rl.sampling import SamplingSettings, sample_texts
+from lenvm_rl.tasks import load_task
+from lenvm_rl.trainers.callbacks import StopOnInterrupt, TrainingProgress
+from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on and how to evaluate."""
+
+    task: str = "arithmetic"
+    """"arithmetic" (embedded), "gym:NAME" (reasoning-gym), a JSONL file or a hub name with questions and answers."""
+
+    train_problems: int | None = None
+    """Number of training problems; the task's own number by default."""
+
+    held_out: str | None = None
+    """File or split with the evaluation problems; by default they are held out of the training problems."""
+
+    conversational: bool = False
+    """Put each question into a user message, for models with a chat template."""
+
+    instruction: str | None = None
+    """Text after each question; the task has a default."""
+
+    eval_problems: int = 2_000
+    """Held-out problems for the evaluation before and after training; 0 skips both."""
+
+    eval_batch_size: int = 512
+    """Problems sampled at once in the evaluation, on each process."""
+
+
+def main() -> None:
+    parser = TrlParser([ScriptArguments, LenVMGRPOConfig, ModelConfig])  # type: ignore[list-item]
+    script, args, model_args = parse(parser, Path(__file__).parent / "configs" / "embedded.yaml")
+    started = time.perf_counter()
+    policy_path = check_model(model_path(model_args.model_name_or_path), "model_name_or_path")
+    task = load_task(
+        script.task,
+        train_size=script.train_problems,
+        held_out_size=script.eval_problems,
+        conversational=script.conversational,
+        instruction=script.instruction,
+        held_out=script.held_out,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(policy_path, padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(
+        policy_path, dtype=model_args.dtype or "float32", attn_implementation=model_args.attn_implementation
+    )
+    trainer = LenVMGRPOTrainer(
+        model=policy,
+        reward_funcs=task.reward_funcs,
+        args=args,
+        train_dataset=task.train,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    interrupt = StopOnInterrupt(trainer.accelerator)
+    trainer.add_callback(TrainingProgress())
+    trainer.add_callback(interrupt)
+
+    def evaluate(name: str) -> Score | None:
+        if script.eval_problems == 0:
+            return None
+        return evaluate_policy(
+            trainer.accelerator.unwrap_model(trainer.model),
+            tokenizer,
+            task.held_out,
+            task.reward_funcs[0],
+            settings,
+            threshold=args.length_gate_threshold,
+            accelerator=trainer.accelerator,
+            batch_size=script.eval_batch_size,
+            name=name,
+        )
+
+    def samples() -> list[str]:
+        return sample_texts(trainer.accelerator.unwrap_model(trainer.model), tokenizer, shown["prompt"], settings)
+
+    settings = SamplingSettings(args.max_completion_length, args.temperature, args.top_p)
+    shown = (task.held_out if len(task.held_out) else task.train).select(range(3))
+    scores: dict[str, Score | None] = {"before": evaluate("before"), "after": None}
+    texts = {"before": samples()}
+    trained = time.perf_counter()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trained = time.perf_counter() - trained
+    if not interrupt.interrupted:
+        scores["after"] = evaluate("after")
+    texts["after"] = samples()
+
+    trainer.save_model()
+    if not trainer.accelerator.is_main_process:
+        return
+    write_results(
+        Path(args.output_dir),
+        policy=model_args.model_name_or_path,
+        critic=args.length_critic if args.length_coef else None,
+        task=task.name,
+        scores=scores,
+        log_history=trainer.state.log_history,
+        summary={
+            "steps": trainer.state.global_step,
+            "interrupted": interrupt.interrupted,
+            "seconds": time.perf_counter() - started,
+            "training_seconds": trained,
+            "distributed": distributed_summary(trainer.accelerator),
+            "config": {**asdict(script), "model": policy_path, **args.to_dict()},
+        },
+    )
+    out = console()
+    out.print(sample_table(shown["prompt"], texts))
+    if script.eval_problems:
+        out.print(comparison_table(scores, title=task.name))
+    ended = "Interrupted" if interrupt.interrupted else "Done"
+    out.print(f"{ended} after {trainer.state.global_step} steps: {args.output_dir}/")
+
+
+if __name__ == "__main__":
+    run(main)
