@@ -13,7 +13,7 @@ from lenvm_rl.tasks.arithmetic import arithmetic_dataset, build_tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """One token per word and number (124 of them); <pad> is 0, <eos> is 1; pads on the left; no chat template."""
+    """One token per word and number, 0..99 among them; <pad> is 0, <eos> is 1; pads on the left; no chat template."""
     return build_tokenizer()
 
 
@@ -25,7 +25,7 @@ def problems():
 
 @pytest.fixture(scope="session")
 def policy_folder(tmp_path_factory, tokenizer):
-    """Folder of a Llama of two layers, with tokenizer. Each token it samples is the end token with probability near 0.1."""
+    """Folder of a Llama of two layers, with tokenizer. It ends a completion with probability near 0.1 at each token."""
     torch.manual_seed(0)
     policy = LlamaForCausalLM(
         LlamaConfig(

@@ -190,17 +190,17 @@ def test_prompts_are_tokenised_as_trl_does(problems):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['content'] }} . {% endfor %}"
-        "{% if add_generation_prompt %}the answer is{% endif %}"
+        "{% if add_generation_prompt %}99 ={% endif %}"
     )
     plain = problems["prompt"][:3]
     assert prompt_token_ids(tokenizer, plain) == tokenizer(text=plain)["input_ids"]
-    conversations = [[{"role": "system", "content": "check"}, {"role": "user", "content": text}] for text in plain]
+    conversations = [[{"role": "system", "content": "77"}, {"role": "user", "content": text}] for text in plain]
     # the call of trl.GRPOTrainer._tokenize_prompts (1.16)
     expected = tokenizer.apply_chat_template(
         conversation=conversations, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
     assert prompt_token_ids(tokenizer, conversations) == expected
-    assert tokenizer.decode(expected[0]).startswith("check .") and tokenizer.decode(expected[0]).endswith("answer is")
+    assert tokenizer.decode(expected[0]) == f"77 . {plain[0]} . 99 ="
 
 
 def test_sampled_texts_hold_no_special_tokens_and_leave_the_random_state_alone(policy, tokenizer, problems):

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from lenvm_rl.length import remaining_to_value
+from lenvm_rl.length import check_gamma, remaining_to_value
 from lenvm_rl.model import LengthValueModel, LengthValueOutput
 from lenvm_rl.pretraining.data import NO_TARGET, LengthValueCollator, check_rollouts
 
@@ -78,10 +78,10 @@ class LengthValueTrainer(Trainer):
             compute_metrics=self._metrics,
             **kwargs,
         )
-        self.gamma = model.config.gamma
+        self.gamma = check_gamma(model.config.gamma)
 
     def _loss(self, outputs: LengthValueOutput, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-        values = -torch.sigmoid(outputs.logits)
+        values = -torch.sigmoid(outputs["logits"])
         errors = (values - length_value_targets(values, labels, self.gamma)).square() * (labels != NO_TARGET)
         return errors.sum() / ((labels != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch)
 

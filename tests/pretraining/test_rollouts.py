@@ -32,7 +32,7 @@ def test_every_prompt_has_its_completions_side_by_side(sample, tokenizer, proble
         assert row["finished"] == (row["completion_ids"][-1] == tokenizer.eos_token_id)
         assert row["finished"] or len(row["completion_ids"]) == 10
     assert len({tuple(ids) for ids in rollouts["completion_ids"]}) > 6  # three different ones of a prompt
-    check_rollouts(rollouts, vocab_size=124)
+    check_rollouts(rollouts, vocab_size=len(tokenizer))
 
 
 def test_the_seed_decides(sample):

@@ -226,7 +226,8 @@ def test_a_saved_critic_gives_the_same_evaluation(trainer_of, critic, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["rollouts", "evaluate_on"])
-def test_rollouts_of_another_vocabulary_are_refused(trainer_of, critic, where):
-    foreign = [{"prompt_ids": [5], "completion_ids": [124], "finished": True}]
-    with pytest.raises(ValueError, match="Rollout 0 holds a token id outside the critic's vocabulary of 124"):
+def test_rollouts_of_another_vocabulary_are_refused(trainer_of, critic, tokenizer, where):
+    size = len(tokenizer)
+    foreign = [{"prompt_ids": [5], "completion_ids": [size], "finished": True}]
+    with pytest.raises(ValueError, match=f"Rollout 0 holds a token id outside the critic's vocabulary of {size}"):
         trainer_of(critic, **{where: foreign})

@@ -11,6 +11,7 @@ from lenvm_rl.tasks.arithmetic import (
     sample_problem,
     sample_problems,
     sample_solution,
+    single_steps,
 )
 from reward_fns import accuracy_reward
 from reward_fns.answers import answer_of
@@ -55,7 +56,8 @@ def test_partial_results_stay_within_two_digits():
         problem = sample_problem(rng)
         assert MIN_STEPS <= len(problem.steps) <= MAX_STEPS
         assert all(0 <= result <= 99 for result in problem.partial_results)
-        assert all(1 <= operand <= 19 for _, operand in problem.steps)
+        assert all(1 <= operand <= 9 for _, operand in problem.steps)
+        assert len({operand for _, operand in problem.steps}) == len(problem.steps)
 
 
 def test_training_and_held_out_problems_never_meet_whatever_the_seeds():
@@ -85,7 +87,7 @@ def test_solutions_end_in_a_box_with_a_number_of_the_vocabulary(solutions):
 def test_most_solutions_are_right_and_some_are_wrong(problems, solutions):
     # a slip that nobody checks spoils an answer; the share leaves room for learning in both directions
     right = [answer_of(text) == problem.solution for problem, text in zip(problems, solutions, strict=True)]
-    assert 0.85 < sum(right) / len(right) < 0.97
+    assert 0.8 < sum(right) / len(right) < 0.9
 
 
 def test_problems_and_solutions_survive_the_tokenizer(problems, solutions, tokenizer):
@@ -119,3 +121,27 @@ def test_some_solutions_of_every_length_answer_at_once(problems, solutions):
     for problem, solution in zip(problems, solutions, strict=True):
         shares[len(problem.steps)].append(solution.startswith("\\boxed"))
     assert all(0 < sum(share) / len(share) < 0.5 for share in shares.values())
+
+
+def test_single_steps_are_all_sums_and_differences_within_two_digits():
+    steps = dict(single_steps())
+    assert steps["check 12 + 7 ="] == "19 ." and steps["check 12 - 7 ="] == "5 ."
+    assert "check 95 + 7 =" not in steps and "check 5 - 7 =" not in steps
+    assert len(steps) == 1710
+
+
+def test_a_check_repairs_a_slip(problems, solutions):
+    # where every step is followed by a check, the answer is right whatever was written before
+    checked = [
+        (problem, text)
+        for problem, text in zip(problems, solutions, strict=True)
+        if text.count("check") >= 1 and not text.startswith("\\boxed") and _every_step_is_checked(text)
+    ]
+    assert len(checked) > 100
+    assert all(answer_of(text) == problem.solution for problem, text in checked)
+
+
+def _every_step_is_checked(text: str) -> bool:
+    lines = [line for line in text.split(".") if "=" in line]
+    plain = [i for i, line in enumerate(lines) if "check" not in line]
+    return all(i + 1 < len(lines) and "check" in lines[i + 1] for i in plain) and "verify" not in text

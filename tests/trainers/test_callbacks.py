@@ -54,7 +54,7 @@ def test_ctrl_c_stops_after_the_step():
 
 
 def test_the_second_ctrl_c_stops_at_once_and_gives_the_handler_back(own_handler):
-    stop = begin(StopOnInterrupt(ALONE))
+    begin(StopOnInterrupt(ALONE))
     ctrl_c()
     with pytest.raises(KeyboardInterrupt):
         ctrl_c()

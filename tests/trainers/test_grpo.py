@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def train(tokenizer, policy_folder, tmp_path):
             processing_class=tokenizer,
             **arguments,
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         return trainer
 
     return _train
@@ -155,9 +156,7 @@ def test_completions_that_are_not_correct_feel_no_length_pressure(train, critic_
 
 def test_every_documented_metric_is_logged(train, critic_folder):
     trainer = train(length_critic=str(critic_folder), length_gate="all")
-    documented = {
-        word.strip("`.,()") for word in LenVMGRPOTrainer.__doc__.split() if word.strip("`.,()").startswith("length/")
-    }
+    documented = set(re.findall(r"length/\w+", LenVMGRPOTrainer.__doc__))
     logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("length/")}
     assert documented == logged
     assert len(documented) == 11
@@ -240,6 +239,14 @@ def test_conversational_prompts(train, critic_folder, tokenizer):
 
     trainer = train(length_critic=str(critic_folder), train_dataset=dataset, reward_funcs=reward)
     assert trainer.state.global_step == 2
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(train, critic_folder, tmp_path):
+    options = {"length_critic": str(critic_folder), "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = train(**options)
+    resumed = train(**options, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf")])
