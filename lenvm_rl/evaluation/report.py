@@ -47,7 +47,8 @@ def sample_table(prompts: Sequence[Any], columns: Mapping[str, Sequence[str]]) -
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write beside and rename, so that a reader never sees half a file."""
+    """Write beside and rename, so that a reader never sees half a file; nan and infinities, no JSON, become null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(beside, path)

@@ -5,7 +5,14 @@ import pytest
 from rich.console import Console
 
 from lenvm_rl.evaluation.accuracy import Score
-from lenvm_rl.evaluation.report import comparison_table, console, plot_training_curves, sample_table, write_json
+from lenvm_rl.evaluation.report import (
+    comparison_table,
+    console,
+    plot_training_curves,
+    sample_table,
+    write_json,
+    write_results,
+)
 
 BEFORE = Score(
     accuracy=0.8125,
@@ -50,6 +57,12 @@ def test_a_comparison_shows_the_change_of_tokens_against_the_first_row():
 def test_a_comparison_of_one_and_names_with_brackets_are_shown_as_they_are():
     shown = rendered(comparison_table({"run[red]": BEFORE}, title="file[v2].jsonl"))
     assert "run[red]" in shown and "file[v2].jsonl" in shown
+
+
+def test_what_was_not_evaluated_is_left_out_of_a_comparison():
+    lines = rendered(comparison_table({"before": None, "after": AFTER})).splitlines()
+    assert not any("before" in line for line in lines)
+    assert cells(next(line for line in lines if "after" in line))[4] == ""  # the first row that there is
 
 
 def test_sample_completions_stand_beside_their_prompts():
@@ -115,6 +128,40 @@ def test_panels_without_data_are_left_out(tmp_path, monkeypatch):
 def test_without_data_no_curves_are_written(log, tmp_path):
     plot_training_curves(log, tmp_path / "curves.png")
     assert os.listdir(tmp_path) == []
+
+
+def results(folder, scores, log_history, critic):
+    write_results(
+        folder,
+        policy="embedded/policy",
+        critic=critic,
+        task="arithmetic",
+        scores=scores,
+        log_history=log_history,
+        summary={"steps": 80, "seconds": 12.5},
+    )
+    return json.loads((folder / "summary.json").read_text()), (folder / "README.md").read_text()
+
+
+def test_results_are_a_summary_a_model_card_and_curves(tmp_path):
+    summary, card = results(tmp_path, {"before": BEFORE, "after": AFTER}, LOGS, "embedded/length_critic")
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "curves.png", "summary.json"]
+    assert summary["before"] == BEFORE.to_dict() and summary["after"]["tokens_per_correct"] is None
+    assert (summary["steps"], summary["seconds"]) == (80, 12.5)
+    assert summary["curve"] == [
+        {"step": 1, "accuracy": 0.8, "tokens": 40.0},
+        {"step": 2, "accuracy": 0.9, "tokens": 30.0},
+    ]
+    assert f"# {tmp_path.name}" in card
+    assert "`embedded/policy`, trained for 80 optimizer steps of LenVM-GRPO with the length critic" in card
+    assert "| before | 81.2% (79.5% to 82.9%) | 40.0 | 2,000 |" in card.splitlines()
+
+
+def test_an_interrupted_run_without_evaluation_leaves_results_too(tmp_path):
+    summary, card = results(tmp_path, {"before": None, "after": None}, [], critic=None)
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "summary.json"]
+    assert summary == {"before": None, "after": None, "steps": 80, "seconds": 12.5, "curve": []}
+    assert "optimizer steps of GRPO on the task `arithmetic`" in card and "It was not evaluated." in card
 
 
 def test_tables_are_wide_where_the_output_is_no_terminal(capsys):
