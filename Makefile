@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := dev,deepspeed,triton,wandb,gym
 
+# the jobs below are for one device; TRL refuses several GPUs in one process
+export CUDA_VISIBLE_DEVICES ?= 0
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false

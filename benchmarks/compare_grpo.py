@@ -2,8 +2,9 @@
 
     python benchmarks/compare_grpo.py --seeds 3
 
-Runs recipes/grpo_lenvm.py once for each method and seed (finished runs are not repeated) and writes
-docs/data/grpo_comparison.json, docs/figures/grpo_comparison.png and a Markdown table to standard output.
+Runs recipes/grpo_lenvm.py once for each method and seed and writes docs/data/grpo_comparison.json,
+docs/figures/grpo_comparison.png, and a Markdown table to standard output. A finished run is not repeated: remove its
+folder below --runs when the recipe has changed. The seed changes sampling and order; the problems are the same.
 """
 
 import json
@@ -59,7 +60,7 @@ def main() -> None:
 
 def one_run(args: BenchmarkArguments, method: str, seed: int) -> dict[str, Any]:
     output = Path(args.runs) / f"{method}-{seed}"
-    if not (output / "summary.json").exists():
+    if not _finished(output / "summary.json", args.eval_problems):
         command = [sys.executable, str(ROOT / "recipes" / "grpo_lenvm.py"), "--length_coef", METHODS[method]]
         command += ["--seed", str(seed), "--output_dir", str(output), "--eval_problems", str(args.eval_problems)]
         environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -67,6 +68,13 @@ def one_run(args: BenchmarkArguments, method: str, seed: int) -> dict[str, Any]:
         with (output / "log.txt").open("w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, **environment})
     return json.loads((output / "summary.json").read_text())
+
+
+def _finished(summary: Path, eval_problems: int) -> bool:
+    if not summary.exists():
+        return False
+    content = json.loads(summary.read_text())
+    return content["after"] is not None and content["after"]["problems"] == eval_problems
 
 
 def mean(scores: list[dict[str, float]]) -> dict[str, Any]:

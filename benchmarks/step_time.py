@@ -77,11 +77,11 @@ def train(name: str, seed: int, steps: int) -> list[dict[str, Any]]:
             "report_to": "none",
             "disable_tqdm": True,
         }
-        if name == "GRPOTrainer":
-            trainer_class, config = GRPOTrainer, GRPOConfig(**options)
-        else:
-            critic = model_path("embedded/length_critic")
-            trainer_class, config = LenVMGRPOTrainer, LenVMGRPOConfig(length_critic=critic, length_coef=1e-9, **options)
+        trainer_class: type[GRPOTrainer] = GRPOTrainer
+        config = GRPOConfig(**options)
+        if name == "LenVMGRPOTrainer":
+            trainer_class = LenVMGRPOTrainer
+            config = LenVMGRPOConfig(length_critic="embedded/length_critic", length_coef=1e-9, **options)
         task = load_task("arithmetic", train_size=None, held_out_size=0)
         trainer = trainer_class(
             model=AutoModelForCausalLM.from_pretrained(policy),

@@ -34,7 +34,7 @@ def run(main: Callable[[], None]) -> None:
         # an error may be met by one process alone, such as a reward that is not finite
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on process {rank}"
-        sys.stderr.write(f"error{where}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error{where}: {' '.join(str(error).split())} (LENVM_TRACEBACK=1 shows where)\n")
         sys.exit(USER_ERROR)
 
 
@@ -49,7 +49,8 @@ def parse(parser: ArgumentParser, default_config: Path) -> tuple[Any, ...]:
         OSError: no such config file.
         ValueError: a config file that is no YAML, or a key or flag that does not exist.
     """
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type == "mps":  # Apple's GPUs lack the float64 of our statistics
         # TRL trains in bf16 on an accelerator unless told otherwise, and refuses to start without one
         parser.set_defaults(use_cpu=True, bf16=False, dataloader_pin_memory=False)
         _avoid_compiled_collectives()
@@ -85,14 +86,17 @@ def distributed_summary(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def one_process(what: str) -> None:
-    """Refuse several processes where only one does the work.
+    """Refuse several processes, or several GPUs in one, where only one does the work.
 
     Raises:
         ValueError: the recipe was launched as several processes.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ValueError(f"{what} in one process, but {processes} were launched: use --num_processes 1.")
+    processes, gpus = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > 1 or gpus > 1:
+        raise ValueError(
+            f"{what} in one process on one device, but {processes} processes were launched and {gpus} GPUs are "
+            "visible: start it with CUDA_VISIBLE_DEVICES=0 python <recipe>."
+        )
 
 
 def check_model(name: str, option: str) -> str:
@@ -107,5 +111,5 @@ def check_model(name: str, option: str) -> str:
             raise ValueError(f"{option}: the folder {name!r} holds no config.json, so no model was saved there.")
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ValueError(f"{option}: there is no folder {name!r}. Give the folder of a saved model, or a hub name.")
+        raise ValueError(f"{option}: there is no folder {name!r}. Give a folder, or a hub name 'owner/name'.")
     return name

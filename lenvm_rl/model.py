@@ -305,7 +305,7 @@ class LengthValueModel(PreTrainedModel):
                 raise ValueError(
                     f"gamma={gamma} was asked for, but {name!r} was trained with gamma={stored_gamma}, and its values "
                     "mean nothing under another discount. Leave gamma out to use the stored one, or pretrain a LenVM "
-                    f"with recipes/pretrain_lenvm.py --gamma {gamma}."
+                    f"with recipes/pretrain_lenvm.py --length_gamma {gamma}."
                 )
         return cls._load(name, name, *model_args, **kwargs)
 

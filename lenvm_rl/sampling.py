@@ -1,6 +1,7 @@
 """Sampling completions with transformers' ``generate``: one function for rollouts, evaluation and nested sampling."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,16 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 Prompt = str | list[dict[str, Any]]
 """Text, or a conversation in the chat format."""
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's random state starts at the seed inside, and is what it was afterwards."""
+    # only the device in use: by default every visible one is touched
+    devices = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**devices):
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)
@@ -137,8 +148,7 @@ def sample_texts(
     seed: int = 0,
 ) -> list[str]:
     """One completion of each prompt as text, for people to read; torch's random state is left as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, model.device):
         completions = sample_completions(model, tokenizer, prompt_token_ids(tokenizer, prompts), settings)
     return tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from lenvm_rl.assets import model_path
 from lenvm_rl.evaluation.accuracy import Score, evaluate_policy
@@ -61,6 +61,8 @@ def main() -> None:
     script, args, model_args = parse(parser, Path(__file__).parent / "configs" / "embedded.yaml")
     started = time.perf_counter()
     policy_path = check_model(model_path(model_args.model_name_or_path), "model_name_or_path")
+    if args.length_critic is not None:
+        check_model(model_path(args.length_critic), "length_critic")
     task = load_task(
         script.task,
         train_size=script.train_problems,
@@ -69,9 +71,14 @@ def main() -> None:
         instruction=script.instruction,
         held_out=script.held_out,
     )
-    tokenizer = AutoTokenizer.from_pretrained(policy_path, padding_side="left")
+    hub = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(policy_path, padding_side="left", **hub)
     policy = AutoModelForCausalLM.from_pretrained(
-        policy_path, dtype=model_args.dtype or "float32", attn_implementation=model_args.attn_implementation
+        policy_path,
+        dtype=model_args.dtype or "float32",
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),
+        **hub,
     )
     trainer = LenVMGRPOTrainer(
         model=policy,
@@ -81,42 +88,50 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
+    distributed = distributed_summary(trainer.accelerator)
+    if distributed["zero_stage"] == 3 and script.eval_problems:
+        raise ValueError(
+            "ZeRO-3 shards the policy, and the evaluation samples from a whole one: set --eval_problems 0."
+        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     interrupt = StopOnInterrupt(trainer.accelerator)
     trainer.add_callback(TrainingProgress())
     trainer.add_callback(interrupt)
 
-    def evaluate(name: str) -> Score | None:
-        if script.eval_problems == 0:
-            return None
-        return evaluate_policy(
-            trainer.accelerator.unwrap_model(trainer.model),
-            tokenizer,
-            task.held_out,
-            task.reward_funcs[0],
-            settings,
-            threshold=args.length_gate_threshold,
-            accelerator=trainer.accelerator,
-            batch_size=script.eval_batch_size,
-            name=name,
-        )
-
-    def samples() -> list[str]:
-        return sample_texts(trainer.accelerator.unwrap_model(trainer.model), tokenizer, shown["prompt"], settings)
-
+    scores: dict[str, Score | None] = {"before": None, "after": None}
+    texts: dict[str, list[str]] = {}
     settings = SamplingSettings(args.max_completion_length, args.temperature, args.top_p)
-    shown = (task.held_out if len(task.held_out) else task.train).select(range(3))
-    scores: dict[str, Score | None] = {"before": evaluate("before"), "after": None}
-    texts = {"before": samples()}
+    shown = task.held_out.select(range(min(3, len(task.held_out))))
+
+    def evaluate(name: str) -> None:
+        """Score the policy on the held-out problems, and keep a few completions to show."""
+        if script.eval_problems == 0:
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if distributed["type"] == "DEEPSPEED":  # leaves the model where it is until training starts
+            model.to(trainer.accelerator.device)
+        with trainer.accelerator.autocast():
+            scores[name] = evaluate_policy(
+                model,
+                tokenizer,
+                task.held_out,
+                task.reward_funcs[0],
+                settings,
+                accelerator=trainer.accelerator,
+                batch_size=script.eval_batch_size,
+                name=name,
+            )
+            texts[name] = sample_texts(model, tokenizer, shown["prompt"], settings)
+
+    evaluate("before")
     trained = time.perf_counter()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trained = time.perf_counter() - trained
-    if not interrupt.interrupted:
-        scores["after"] = evaluate("after")
-    texts["after"] = samples()
-
     trainer.save_model()
+    if not interrupt.interrupted:
+        evaluate("after")
+
     if not trainer.accelerator.is_main_process:
         return
     write_results(
@@ -131,13 +146,13 @@ def main() -> None:
             "interrupted": interrupt.interrupted,
             "seconds": time.perf_counter() - started,
             "training_seconds": trained,
-            "distributed": distributed_summary(trainer.accelerator),
-            "config": {**asdict(script), "model": policy_path, **args.to_dict()},
+            "distributed": distributed,
+            "config": {**asdict(model_args), **asdict(script), **args.to_dict()},
         },
     )
     out = console()
-    out.print(sample_table(shown["prompt"], texts))
     if script.eval_problems:
+        out.print(sample_table(shown["prompt"], texts))
         out.print(comparison_table(scores, title=task.name))
     ended = "Interrupted" if interrupt.interrupted else "Done"
     out.print(f"{ended} after {trainer.state.global_step} steps: {args.output_dir}/")

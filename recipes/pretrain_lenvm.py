@@ -26,6 +26,7 @@ from trl import TrlParser
 from lenvm_rl.assets import model_path
 from lenvm_rl.evaluation.ceiling import explained_variance_ceiling
 from lenvm_rl.launch import check_model, one_process, parse, run
+from lenvm_rl.length import check_gamma
 from lenvm_rl.model import LengthValueModel
 from lenvm_rl.pretraining.rollouts import choose_gamma, sample_rollouts
 from lenvm_rl.pretraining.trainer import LengthValueTrainer
@@ -86,7 +87,7 @@ def main() -> None:
         held_out_size=script.held_out_prompts,
         conversational=script.conversational,
         instruction=script.instruction,
-        seed=args.seed + 1,  # not the problems that RL will train on
+        seed=args.seed + 1,  # where problems are generated, not those that RL trains on
     )
     tokenizer = AutoTokenizer.from_pretrained(generator_path)
     generator = AutoModelForCausalLM.from_pretrained(generator_path, dtype="float32").to(args.device)
@@ -104,7 +105,10 @@ def main() -> None:
 
     train = rollouts(task.train["prompt"], script.completions_per_prompt)
     held_out = rollouts(task.held_out["prompt"], 4)
-    gamma = script.length_gamma or choose_gamma(train, settings.max_new_tokens)
+    gamma = script.length_gamma
+    if gamma is None:
+        gamma = choose_gamma(train, settings.max_new_tokens)
+    check_gamma(gamma, "length_gamma")
     critic = LengthValueModel.from_backbone(
         lenvm_path,
         gamma,
@@ -118,8 +122,10 @@ def main() -> None:
     trainer = LengthValueTrainer(
         critic, args, train_dataset=train, eval_dataset=held_out, pad_token_id=tokenizer.pad_token_id or 0
     )
-    trainer.train()
+    generator.to("cpu")  # its memory is for the critic's optimizer now
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     scores = trainer.evaluate()
+    generator.to(args.device)
     metrics = {
         "gamma": gamma,
         "rollouts": len(train),

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lenvm_rl.progress import progress_bar
-from lenvm_rl.sampling import SamplingSettings, prompt_token_ids, sample_completions
+from lenvm_rl.sampling import SamplingSettings, prompt_token_ids, sample_completions, seeded
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def evaluate_policy(
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     own = problems.select(range(rank, len(problems), world))
     sums = torch.zeros(4, dtype=torch.float64)
-    with torch.random.fork_rng(), progress_bar(name, total=len(own), visible=rank == 0) as advance:
-        torch.manual_seed(seed + rank)
+    with seeded(seed + rank, model.device), progress_bar(name, total=len(own), visible=rank == 0) as advance:
         for start in range(0, len(own), batch_size):
             rows = own.select(range(start, min(start + batch_size, len(own)))).to_dict()
             prompts = rows.pop("prompt")

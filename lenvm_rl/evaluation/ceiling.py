@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lenvm_rl.length import remaining_to_value
 from lenvm_rl.progress import progress_bar
-from lenvm_rl.sampling import SamplingSettings, sample_completions
+from lenvm_rl.sampling import SamplingSettings, sample_completions, seeded
 
 
 def explained_variance_ceiling(
@@ -56,8 +56,7 @@ def explained_variance_ceiling(
     for row, time in zip(rows.tolist(), times.tolist(), strict=True):
         rollout = rollouts[row]
         prefixes += [rollout["prompt_ids"] + rollout["completion_ids"][:time]] * continuations
-    with torch.random.fork_rng(), progress_bar("ceiling", total=len(prefixes)) as advance:
-        torch.manual_seed(seed)
+    with seeded(seed, model.device), progress_bar("ceiling", total=len(prefixes)) as advance:
         completions = sample_completions(model, tokenizer, prefixes, settings, batch_size=batch_size, on_batch=advance)
     remaining = torch.tensor([float(len(completion.ids)) for completion in completions], dtype=torch.float64)
     returns = remaining_to_value(remaining, gamma).view(states, continuations)

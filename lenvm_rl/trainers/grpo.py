@@ -18,10 +18,12 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.advantages import Advantages, compute_advantages
+from lenvm_rl.advantages.compute import BACKENDS
+from lenvm_rl.assets import model_path
 from lenvm_rl.credit import LengthCredit, gated_std
 from lenvm_rl.critic import Calibration, LengthCritic
 from lenvm_rl.length import check_gamma
-from lenvm_rl.model import LengthValueModel
+from lenvm_rl.model import LengthValueConfig, LengthValueModel
 from lenvm_rl.tokenizer_fingerprint import check_same_tokenizer
 from lenvm_rl.trainers.finite_rewards import guard
 
@@ -73,15 +75,22 @@ class LenVMGRPOConfig(GRPOConfig):
         self.length_credit()
         if self.length_gamma is not None:
             check_gamma(self.length_gamma, "length_gamma")
+        if self.length_token_budget < 1:
+            raise ValueError(f"length_token_budget must be at least 1, got {self.length_token_budget}.")
+        if self.advantage_backend not in BACKENDS:
+            raise ValueError(f"advantage_backend must be one of {', '.join(BACKENDS)}, got {self.advantage_backend!r}.")
         if self.length_coef == 0:
             return
-        averages = self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo")
-        if averages or self.loss_type == "luspo":
+        if self.loss_type == "luspo":
             raise ValueError(
-                f"loss_type={self.loss_type!r} with importance_sampling_level={self.importance_sampling_level!r} takes "
-                "one ratio per completion, which averages token advantages back to one number: no token would learn "
-                "that it wasted the budget. Set importance_sampling_level='token' and a loss_type other than 'luspo', "
-                "or length_coef=0."
+                "loss_type='luspo' is made for one ratio per completion, which averages token advantages away. Take "
+                "another loss_type, 'dapo' for example, or length_coef=0."
+            )
+        if self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo"):
+            raise ValueError(
+                f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} takes one ratio per "
+                "completion, which averages token advantages back to one number: no token would learn that it wasted "
+                "the budget. Set importance_sampling_level='token', or length_coef=0."
             )
 
     def length_credit(self) -> LengthCredit:
@@ -98,7 +107,7 @@ class LenVMGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` whose advantages also say which tokens wasted the budget.
 
     Args:
-        *args, **kwargs: as for `trl.GRPOTrainer`, with a `LenVMGRPOConfig` as ``args``.
+        model, reward_funcs, args, *rest, **kwargs: as for `trl.GRPOTrainer`, with a `LenVMGRPOConfig` as ``args``.
         length_critic: a loaded critic, instead of the path in ``args.length_critic``.
 
     Raises:
@@ -121,13 +130,25 @@ class LenVMGRPOTrainer(GRPOTrainer):
     num_generations: int
     num_generations_eval: int
 
-    def __init__(self, *args: Any, length_critic: LengthValueModel | None = None, **kwargs: Any) -> None:
-        if "reward_funcs" in kwargs and kwargs["reward_funcs"] is not None:
-            functions = kwargs["reward_funcs"]
-            kwargs["reward_funcs"] = [guard(f) for f in (functions if isinstance(functions, list) else [functions])]
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, LenVMGRPOConfig):
-            raise ValueError(f"args must be a LenVMGRPOConfig, got {type(self.args).__name__}.")
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: LenVMGRPOConfig | None = None,
+        *rest: Any,
+        length_critic: LengthValueModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, LenVMGRPOConfig):
+            raise ValueError(f"args must be a LenVMGRPOConfig, got {type(args).__name__}.")
+        if length_critic is None and args.length_critic is None and args.length_coef != 0:
+            raise ValueError(
+                "length_critic is not set: name the folder of a pretrained Length Value Model "
+                "(recipes/pretrain_lenvm.py makes one from the policy's rollouts), or set length_coef=0 for plain GRPO."
+            )
+        if reward_funcs is not None:
+            reward_funcs = [guard(f) for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.credit = self.args.length_credit()
         self._gate_column = self._find_gate_reward()
         self.length_critic = self._prepare_critic(length_critic)
@@ -145,22 +166,23 @@ class LenVMGRPOTrainer(GRPOTrainer):
 
     def _prepare_critic(self, model: LengthValueModel | None) -> LengthCritic | None:
         path = self.args.length_critic
-        if model is None and path is None:
-            if self.args.length_coef == 0:
-                return None
-            raise ValueError(
-                "length_critic is not set: name the folder of a pretrained Length Value Model "
-                "(recipes/pretrain_lenvm.py makes one from the policy's rollouts), or set length_coef=0 for plain GRPO."
-            )
         if model is None:
+            if path is None:
+                return None
             with _no_zero3_init():
-                model = LengthValueModel.from_pretrained(path, gamma=self.args.length_gamma)
+                model = LengthValueModel.from_pretrained(model_path(path), gamma=self.args.length_gamma)
+        elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                "length_critic was loaded while ZeRO-3 shards every model: load it before the LenVMGRPOConfig is made, "
+                "or set length_critic in the configuration to its path."
+            )
         elif self.args.length_gamma not in (None, model.config.gamma):
             raise ValueError(
                 f"length_gamma={self.args.length_gamma} contradicts the critic's own {model.config.gamma}: its values "
                 "mean nothing under another discount. Leave length_gamma unset."
             )
         check_same_tokenizer(self._tokenizer, model.config, policy_name=self.model.config._name_or_path)
+        self._compare_sampling(model.config)
         return LengthCritic(
             model.to(self.accelerator.device),
             self.accelerator,
@@ -168,20 +190,36 @@ class LenVMGRPOTrainer(GRPOTrainer):
             token_budget=self.args.length_token_budget,
         )
 
+    def _compare_sampling(self, critic: LengthValueConfig) -> None:
+        """Warn where the rollouts are sampled otherwise than those that the critic was pretrained on."""
+        ours = {
+            "temperature": (self.args.temperature, critic.temperature),
+            "top_p": (self.args.top_p, critic.top_p),
+            "max_completion_length": (self.args.max_completion_length, critic.max_tokens),
+        }
+        for name, (value, pretrained) in ours.items():
+            if pretrained is not None and value != pretrained and self.accelerator.is_main_process:
+                warnings.warn(
+                    f"{name} is {value}, but the length critic was pretrained on rollouts with {pretrained}: its "
+                    "values describe those. Watch length/explained_variance, or use the same setting.",
+                    stacklevel=2,
+                )
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         # (world * B, functions), gathered. Gates are computed on whole groups, which may lie across processes.
-        training = self.model.training
-        groups = self.num_generations if training else self.num_generations_eval
+        groups = self.num_generations if self._mode == "train" else self.num_generations_eval
         correctness = rewards[:, self._gate_column]
         local = slice(
             len(prompts) * self.accelerator.process_index, len(prompts) * (self.accelerator.process_index + 1)
         )
         self._correct = (correctness >= self.credit.threshold)[local]
         self._gate = self.credit.gates(correctness, groups)[local]
+        self._generated = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self._mode = "train" if self.model.training else "eval"
         batch = super()._generate_and_score_completions(inputs)
         mask = batch["completion_mask"].bool()
         if "tool_mask" in batch:
@@ -204,9 +242,8 @@ class LenVMGRPOTrainer(GRPOTrainer):
                 "true_tokens": calibration.true_tokens,
                 "relative_error": calibration.relative_error,
             }
-        mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
-            self._metrics[mode][f"length/{name}"].append(value)
+            self._metrics[self._mode][f"length/{name}"].append(value)
         return batch
 
     def _finished(self, batch: dict[str, Any]) -> Tensor:
@@ -246,7 +283,9 @@ class LenVMGRPOTrainer(GRPOTrainer):
         return (compute(std) if self.credit.scale == "std" else advantages), std
 
     def _length_metrics(self, mask: Tensor) -> dict[str, float]:
-        tokens, correct = mask.sum(1).double(), self._correct.double()
+        tokens, correct = mask.sum(1), self._correct.double()
+        # mask_truncated_completions empties the mask of what was cut, but its tokens were generated all the same
+        tokens = torch.where(tokens == 0, self._generated, tokens).double()
         sums = torch.stack(
             [
                 torch.ones_like(tokens).sum(),
