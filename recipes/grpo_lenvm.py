@@ -71,7 +71,7 @@ def main() -> None:
         instruction=script.instruction,
         held_out=script.held_out,
     )
-    hub = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
+    hub = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(policy_path, padding_side="left", **hub)
     policy = AutoModelForCausalLM.from_pretrained(
         policy_path,

@@ -66,6 +66,16 @@ def logged_to_wandb(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
+def test_plain_grpo_with_lora_is_two_flags(tmp_path):
+    output = tmp_path / "run"
+    flags = ["--length_coef", "0", "--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--eval_problems", "1"]
+    done = launch(*SMALL, *flags, "--output_dir", str(output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (output / "adapter_model.safetensors").exists()
+    assert json.loads((output / "summary.json").read_text())["config"]["use_peft"] is True
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_under_zero_2(tmp_path):
     config = str(ROOT / "recipes" / "accelerate" / "cpu_zero2.yaml")

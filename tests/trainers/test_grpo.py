@@ -249,6 +249,36 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(train, critic_folder,
         assert torch.equal(weight, weights(resumed)[name]), name
 
 
+def test_tokens_of_masked_completions_are_counted(train, critic_folder):
+    options = {"max_completion_length": 4, "max_steps": 1, "length_critic": str(critic_folder)}
+    plain, masked = train(**options), train(**options, mask_truncated_completions=True)
+    assert history(masked, "completions/clipped_ratio")[0] > 0
+    for name in ("length/correct_tokens", "length/tokens_per_correct"):
+        assert history(masked, name) == history(plain, name)
+
+
+def test_a_reward_function_given_by_position_is_guarded_too(tokenizer, policy_folder, tmp_path):
+    trainer = LenVMGRPOTrainer(
+        str(policy_folder),
+        short_is_right,
+        LenVMGRPOConfig(output_dir=str(tmp_path), length_coef=0.0, **OPTIONS),
+        train_dataset=prompts(),
+        processing_class=tokenizer,
+    )
+    with pytest.raises(ValueError, match="'short_is_right' returned nan for row 0"):
+        trainer.reward_funcs[0]._checked([float("nan")])
+
+
+def test_rollouts_sampled_otherwise_than_the_critics_are_reported(train, critic_folder, tmp_path):
+    critic = LengthValueModel.from_pretrained(critic_folder)
+    critic.config.temperature = 0.5
+    critic.save_pretrained(tmp_path / "critic")
+    with pytest.warns(
+        UserWarning, match=r"temperature is 1.0, but the length critic was pretrained on rollouts with 0.5"
+    ):
+        train(length_critic=str(tmp_path / "critic"), max_steps=1)
+
+
 @pytest.mark.parametrize("reward", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_stops_with_its_name(train, reward):
     def broken_reward(completions, **_):
@@ -273,7 +303,10 @@ def test_a_critic_that_says_nan_stops_with_the_row(train, critic_folder):
         ({"length_gate": "some"}, "length_gate must be one of"),
         ({"length_scale": "max"}, "length_scale must be one of"),
         ({"importance_sampling_level": "sequence"}, "averages token advantages back"),
-        ({"loss_type": "luspo"}, "averages token advantages back"),
+        ({"loss_type": "luspo"}, "loss_type='luspo' is made for one ratio per completion"),
+        ({"length_gamma": 1.5}, r"length_gamma must lie in the open interval \(0, 1\), got 1.5"),
+        ({"length_token_budget": 0}, "length_token_budget must be at least 1"),
+        ({"advantage_backend": "cuda"}, "advantage_backend must be one of"),
     ],
     ids=str,
 )
