@@ -26,7 +26,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-METHODS = {"GRPO": "0", "LenVM-GRPO": "1"}
+METHODS: dict[str, list[str]] = {"GRPO": ["--length_coef", "0"], "LenVM-GRPO": []}
+"""What each method adds to the recipe's defaults."""
 
 
 @dataclass
@@ -61,7 +62,7 @@ def main() -> None:
 def one_run(args: BenchmarkArguments, method: str, seed: int) -> dict[str, Any]:
     output = Path(args.runs) / f"{method}-{seed}"
     if not _finished(output / "summary.json", args.eval_problems):
-        command = [sys.executable, str(ROOT / "recipes" / "grpo_lenvm.py"), "--length_coef", METHODS[method]]
+        command = [sys.executable, str(ROOT / "recipes" / "grpo_lenvm.py"), *METHODS[method]]
         command += ["--seed", str(seed), "--output_dir", str(output), "--eval_problems", str(args.eval_problems)]
         environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         output.mkdir(parents=True, exist_ok=True)
