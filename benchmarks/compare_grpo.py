@@ -1,6 +1,6 @@
 """LenVM-GRPO beside plain GRPO: the same recipe, budget, prompts and evaluation; only the coefficient differs.
 
-    python benchmarks/compare_grpo.py --seeds 3
+    python benchmarks/compare_grpo.py --seeds 2
 
 Runs recipes/grpo_lenvm.py once for each method and seed and writes docs/data/grpo_comparison.json,
 docs/figures/grpo_comparison.png, and a Markdown table to standard output. A finished run is not repeated: remove its
@@ -32,7 +32,7 @@ METHODS: dict[str, list[str]] = {"GRPO": ["--length_coef", "0"], "LenVM-GRPO": [
 
 @dataclass
 class BenchmarkArguments:
-    seeds: int = 3
+    seeds: int = 2
     workers: int = 2
     """Runs at the same time, one thread each."""
     eval_problems: int = 2_000

@@ -1,5 +1,6 @@
 """What a person sees of a run while it trains, and how they stop it."""
 
+import atexit
 import signal
 from types import FrameType
 from typing import Any
@@ -35,6 +36,7 @@ class TrainingProgress(TrainerCallback):
                 console=Console(stderr=True),
             )
             self.progress.start()
+            atexit.register(self.progress.stop)  # gives the cursor back when training ends in an error
             self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, shown="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -51,7 +51,7 @@ def test_the_recipe_trains_evaluates_and_leaves_its_results(tmp_path):
         assert summary[name]["problems"] == 24
     assert summary["distributed"] == {"type": "NO", "num_processes": 1, "zero_stage": None}
     assert summary["steps"] == 2 and summary["seconds"] > summary["training_seconds"] > 0
-    assert summary["config"]["length_coef"] == 0.5
+    assert summary["config"]["length_coef"] == 1.0
     assert {"README.md", "curves.png", "model.safetensors", "tokenizer.json"} <= {f.name for f in output.iterdir()}
     trained = AutoModelForCausalLM.from_pretrained(output)
     start = AutoModelForCausalLM.from_pretrained(model_path("embedded/policy"))
