@@ -34,7 +34,7 @@ def run(main: Callable[[], None]) -> None:
         # an error may be met by one process alone, such as a reward that is not finite
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on process {rank}"
-        sys.stderr.write(f"error{where}: {' '.join(str(error).split())} (LENVM_TRACEBACK=1 shows where)\n")
+        sys.stderr.write(f"error{where}: {' '.join(str(error).split())}\n")
         sys.exit(USER_ERROR)
 
 

@@ -45,7 +45,7 @@ def command_line(monkeypatch, tmp_path):
 
 @pytest.fixture
 def without_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_files_and_flags_win_over_what_the_machine_suggests(command_line, config
 
 
 def test_a_machine_with_an_accelerator_keeps_the_fields(command_line, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     arguments = command_line()
     assert (arguments.use_cpu, arguments.bf16, arguments.dataloader_pin_memory) == (False, None, True)
 
@@ -188,9 +188,11 @@ def test_one_process_refuses_more(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     one_process("the recipe samples")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(
-        ValueError, match="the recipe samples in one process, but 4 were launched: use --num_processes 1"
-    ):
+    with pytest.raises(ValueError, match="the recipe samples in one process on one device, but 4 processes were"):
+        one_process("the recipe samples")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"2 GPUs are visible: start it with CUDA_VISIBLE_DEVICES=0"):
         one_process("the recipe samples")
 
 
@@ -206,7 +208,7 @@ def test_the_folder_of_a_saved_model_and_a_hub_name_pass(policy_folder, monkeypa
 @pytest.mark.parametrize("name", ["/no/such/folder", "./folder", "~/folder", "folder", "outputs/run/folder"])
 def test_what_can_only_be_a_folder_must_be_one(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"length_critic: there is no folder '{name}'. Give the folder of a saved"):
+    with pytest.raises(ValueError, match=f"length_critic: there is no folder '{name}'. Give a folder"):
         check_model(name, "length_critic")
 
 
