@@ -81,7 +81,12 @@ def train(name: str, seed: int, steps: int) -> list[dict[str, Any]]:
         config = GRPOConfig(**options)
         if name == "LenVMGRPOTrainer":
             trainer_class = LenVMGRPOTrainer
-            config = LenVMGRPOConfig(length_critic="embedded/length_critic", length_coef=1e-9, **options)
+            length: dict[str, Any] = {
+                "length_critic": "embedded/length_critic",
+                "length_coef": 1e-9,
+                "length_token_budget": 2048,
+            }
+            config = LenVMGRPOConfig(**length, **options)
         task = load_task("arithmetic", train_size=None, held_out_size=0)
         trainer = trainer_class(
             model=AutoModelForCausalLM.from_pretrained(policy),
