@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lenvm_rl.advantages import Advantages, RowStats, pooled
+
 LengthGate = Literal["all", "correct", "solve_rate"]
 LengthScale = Literal["none", "std"]
 
@@ -72,23 +74,22 @@ class LengthCredit:
         return correct * solve_rate.repeat_interleave(num_generations)
 
 
-def gated_std(
-    length: Tensor, mask: Tensor, gate: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
-) -> Tensor:
+def gated_std(stats: RowStats, gate: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
     """Standard deviation of the length advantage over all tokens of the completions that feel it.
 
     Args:
-        length: (B, T) raw length advantages, 0 outside the mask.
-        mask: (B, T) bool, the policy's own tokens.
+        stats: of the batch.
         gate: (B,) weights; completions of weight 0 are left out.
-        reduce: sums a (3,) tensor over processes. The widths T of the ranks differ, their three sums do not.
+        reduce: sums a (3,) tensor over processes.
 
     Returns:
         0-dim float32, at least `SMALLEST_SCALE`.
     """
-    gated = (mask & (gate > 0)[:, None]).double()
-    advantages = length.double() * gated
-    count, total, squares = reduce(torch.stack([gated.sum(), advantages.sum(), advantages.square().sum()]))
-    mean = total / count.clamp(min=1)
-    variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+    variance = pooled(torch.where(gate > 0, stats.tokens, 0), stats.length, reduce).variance
     return variance.sqrt().clamp(min=SMALLEST_SCALE).float()
+
+
+def rescaled(advantages: Advantages, mask: Tensor, weight: Tensor) -> Tensor:
+    """(B, T) task advantage plus `weight` (B,) times the length advantage: a scale that depends on the advantages is
+    known after them, and costs this pass."""
+    return torch.where(mask, advantages.task + weight[:, None] * advantages.length, 0)

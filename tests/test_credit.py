@@ -8,10 +8,25 @@ from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from lenvm_rl.credit import LengthCredit, gated_std
+from lenvm_rl.advantages import Advantages, RowStats
+from lenvm_rl.advantages.types import STATISTICS, TABLE_WIDTH
+from lenvm_rl.credit import LengthCredit, gated_std, rescaled
 
 NAN = float("nan")
 GATES = ("all", "correct", "solve_rate")
+
+
+def stats_of(length, mask):
+    """The statistics of `compute_advantages`, of given length advantages."""
+    table = torch.zeros(len(length), TABLE_WIDTH)
+    for row, numbers, live in zip(table, length.double(), mask, strict=True):
+        own = numbers[live]
+        row[STATISTICS.index("tokens")] = len(own)
+        if len(own):
+            row[STATISTICS.index("length_mean")] = mean = own.mean().float()
+            row[STATISTICS.index("length_m2")] = (own - mean.double()).square().sum()
+    return RowStats(table)
+
 
 # two groups of four: half of the first is correct, three quarters of the second
 CORRECTNESS = tensor([1.0, 0.0, 1.0, 0.5, 1.0, 1.0, 0.0, 1.0])
@@ -84,7 +99,7 @@ def test_the_scale_is_the_standard_deviation_over_gated_tokens():
     length = tensor([[0.3, -0.1, 0.0], [9.0, 9.0, 9.0], [0.5, 0.0, 0.0]])
     mask = tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
     # of 0.3, -0.1 and 0.5: mean 0.7/3, mean square 0.35/3; the middle completion is gated out
-    std = gated_std(length, mask, gate=tensor([1.0, 0.0, 0.25]))
+    std = gated_std(stats_of(length, mask), gate=tensor([1.0, 0.0, 0.25]))
     assert std.shape == () and std.dtype == torch.float32
     assert std.item() == pytest.approx(0.2494438258)
 
@@ -96,7 +111,7 @@ def test_the_scale_is_numpys_standard_deviation(rows, width, seed):
     if not (mask & (gate > 0)[:, None]).any():
         return
     expected = max(numpy_std(length, mask, gate), 1e-3)
-    assert gated_std(length, mask, gate).item() == pytest.approx(expected, rel=1e-6)
+    assert gated_std(stats_of(length, mask), gate).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_scale_of_two_processes_is_that_of_their_whole_batch():
@@ -104,26 +119,26 @@ def test_the_scale_of_two_processes_is_that_of_their_whole_batch():
     parts = [(length[:4, :20], mask[:4, :20], gate[:4]), (length[4:], mask[4:], gate[4:])]
     sums = []
     for part in parts:  # each process hands its three sums over; the widths differ
-        gated_std(*part, reduce=lambda own: sums.append(own) or own)
+        gated_std(stats_of(*part[:2]), part[2], reduce=lambda own: sums.append(own) or own)
     assert [own.shape for own in sums] == [(3,), (3,)]
     mask[:4, 20:] = False
     for part in parts:
-        shared = gated_std(*part, reduce=lambda own: sums[0] + sums[1])
+        shared = gated_std(stats_of(*part[:2]), part[2], reduce=lambda own: sums[0] + sums[1])
         assert shared.item() == pytest.approx(numpy_std(length, mask, gate), rel=1e-6)
 
 
 def test_the_scale_has_a_floor():
     equal, mask, gate = torch.full((2, 3), 0.1), torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
-    assert gated_std(equal, mask, gate).item() == pytest.approx(1e-3)
-    assert gated_std(equal, mask, torch.zeros(2)).item() == pytest.approx(1e-3)  # nobody feels it
-    assert gated_std(equal, torch.zeros_like(mask), gate).item() == pytest.approx(1e-3)
+    assert gated_std(stats_of(equal, mask), gate).item() == pytest.approx(1e-3)
+    assert gated_std(stats_of(equal, mask), torch.zeros(2)).item() == pytest.approx(1e-3)  # nobody feels it
+    assert gated_std(stats_of(equal, torch.zeros_like(mask)), gate).item() == pytest.approx(1e-3)
 
 
 def test_a_small_spread_around_a_large_mean_is_not_lost():
     # 1e4 +- 0.01: in float32 the difference of squares would be noise
     length = tensor([[1e4 - 0.0098, 1e4 + 0.0098]])
     spread = (length.double() - length.double().mean()).abs().mean().item()
-    assert gated_std(length, torch.ones(1, 2, dtype=torch.bool), torch.ones(1)).item() == pytest.approx(
+    assert gated_std(stats_of(length, torch.ones(1, 2, dtype=torch.bool)), torch.ones(1)).item() == pytest.approx(
         spread, rel=1e-3
     )
 
@@ -152,3 +167,11 @@ def test_settings_at_the_ends_of_their_ranges_are_taken():
         LengthCredit(lam=lam)
     for coef in (-2.0, 0.0, 3.0):
         LengthCredit(coef=coef)
+
+
+def test_a_scale_known_afterwards_gives_what_a_scale_known_beforehand_gives():
+    length, mask, gate = batch(3, 7)
+    length = length * mask
+    task, weight = tensor([[1.0], [-0.5], [0.25]]), 2.0 * gate / 0.3
+    advantages = Advantages(total=length, length=length, task=task, returns=length, stats=stats_of(length, mask))
+    assert_close(rescaled(advantages, mask, weight), (task + weight[:, None] * length) * mask)

@@ -1,46 +1,15 @@
-"""The public functions: they check the arguments, pick a backend, and return detached results."""
+"""The public functions: they check the arguments, make the buffers, and return detached results."""
 
 import math
-from collections.abc import Mapping
-from importlib import import_module
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from lenvm_rl.advantages.types import Advantages, TaskSignal
+from lenvm_rl.advantages import operators
+from lenvm_rl.advantages.operators import BACKENDS
+from lenvm_rl.advantages.types import Advantages, TaskSignal, empty_advantages
 
-
-class Backend(Protocol):
-    """What a backend module defines; arguments arrive checked, and gradients are off."""
-
-    def fused(
-        self,
-        values: Tensor,
-        bootstrap: Tensor,
-        mask: Tensor,
-        task: Tensor | TaskSignal,
-        *,
-        gamma: float,
-        lam: float,
-        coef: float,
-        gate: Tensor | None,
-        scale: float | Tensor,
-    ) -> Advantages: ...
-
-    def length(self, values: Tensor, bootstrap: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor: ...
-
-    def gae(
-        self, rewards: Tensor, values: Tensor, bootstrap: Tensor, mask: Tensor, *, gamma: float, lam: float | Tensor
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-BACKENDS: Mapping[str, str] = {
-    "auto": "lenvm_rl.advantages.torch_scan",
-    "torch": "lenvm_rl.advantages.torch_scan",
-    "reference": "lenvm_rl.advantages.reference",
-}
-"""Name -> module, imported at the first use."""
+BACKEND_NAMES = ("auto", *BACKENDS)
 
 
 @torch.no_grad()
@@ -55,6 +24,8 @@ def compute_advantages(
     coef: float,
     gate: Tensor | None = None,
     scale: float | Tensor = 1.0,
+    right_padded: bool = False,
+    out: Advantages | None = None,
     backend: str = "auto",
 ) -> Advantages:
     """Token advantages of a task signal and a length critic: task + coef * gate * A_len / scale (LenVM eq. 23-27).
@@ -69,16 +40,22 @@ def compute_advantages(
         coef: weight s. Positive shortens, negative lengthens; 0 returns the task advantage, untouched.
         gate: (B,) weight of the length advantage of each completion, numbers or bool; None is 1.
         scale: divisor of the length advantage, a positive number or a 0-dim tensor (positive: it is not read here).
-        backend: "auto", "torch", or "reference" (a float64 loop in Python: slow, for checks).
+        right_padded: True promises that in every row the ones of the mask come first. A GPU then need not read it. The
+            promise is not checked: with holes in the mask the results would be wrong.
+        out: a result of the same shapes, whose memory is overwritten and returned: large fresh buffers cost more than
+            the computation.
+        backend: "auto" (Triton on CUDA where it is installed, else torch), "torch", "triton", or "reference" (a float64
+            loop in Python: slow, for checks).
 
     Returns:
         Advantages: float32, 0 where mask is 0, without gradient. Non-finite inputs where mask is 1 are not an error
         here, since finding them would wait for the device: they are counted in `stats` and make their own row NaN.
 
     Raises:
-        ValueError: shapes, dtypes, devices or ranges other than the above, with what was seen.
+        ValueError: shapes, dtypes, devices, strides or ranges other than the above, with what was seen.
+        ImportError: backend "triton" without a Triton that can compile the kernel.
     """
-    chosen = _backend(backend)
+    chosen = _choose(backend, values)
     _check_length(values, bootstrap, mask, gamma, lam)
     _check_task(task, values)
     if not math.isfinite(coef):
@@ -86,17 +63,63 @@ def compute_advantages(
     if gate is not None:
         _check_shape("gate", gate, values.shape[:1], "one weight per row of values", values)
     _check_scale(scale, values)
-    return chosen.fused(values, bootstrap, mask, task, gamma=gamma, lam=lam, coef=coef, gate=gate, scale=scale)
+    token_task = isinstance(task, TaskSignal)
+    if out is None:
+        out = empty_advantages(values, token_task=token_task)
+    else:
+        _check_out(out, values, token_task)
+    if values.numel() == 0:
+        for buffer in _buffers(out):
+            buffer.zero_()
+        return out
+    signal = task if isinstance(task, TaskSignal) else None
+    operators.compute_advantages(
+        values,
+        bootstrap,
+        mask,
+        None if isinstance(task, TaskSignal) else task,
+        signal and signal.rewards,
+        signal and signal.values,
+        signal and signal.bootstrap,
+        float(signal.gamma) if signal else 1.0,
+        *_number_or_tensor(signal.lam if signal else 1.0),
+        float(signal.potential_coef) if signal else 0.0,
+        float(gamma),
+        float(lam),
+        float(coef),
+        gate,
+        *_number_or_tensor(scale),
+        right_padded,
+        chosen,
+        out.total,
+        out.length,
+        out.task,
+        out.returns,
+        out.stats.table,
+        out.task_returns,
+    )
+    return out
 
 
 @torch.no_grad()
 def length_advantages(
-    values: Tensor, bootstrap: Tensor, mask: Tensor, *, gamma: float, lam: float, backend: str = "auto"
+    values: Tensor,
+    bootstrap: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    right_padded: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Length advantages A_len (B, T) alone, float32, 0 where mask is 0. Arguments as in `compute_advantages`."""
-    chosen = _backend(backend)
+    chosen = _choose(backend, values)
     _check_length(values, bootstrap, mask, gamma, lam)
-    return chosen.length(values, bootstrap, mask, gamma=gamma, lam=lam)
+    out = _check_or_make("out", out, values)
+    if values.numel():
+        operators.length_advantages(values, bootstrap, mask, float(gamma), float(lam), right_padded, chosen, out)
+    return out
 
 
 @torch.no_grad()
@@ -108,6 +131,8 @@ def gae(
     *,
     gamma: float,
     lam: float | Tensor,
+    right_padded: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over the tokens of the policy.
@@ -116,21 +141,83 @@ def gae(
         rewards: (B, T) rewards of the tokens; `values` (B, T), `bootstrap` (B,) and `mask` as in `TaskSignal`.
         gamma: discount, in [0, 1].
         lam: lambda, in [0, 1]: one number, or one per row (B,).
+        right_padded, out, backend: as in `compute_advantages`.
 
     Returns:
         (advantages, returns), (B, T) each, float32, 0 where mask is 0. The returns, advantages + values, are what the
         critic is trained on.
     """
-    chosen = _backend(backend)
+    chosen = _choose(backend, values)
     _check_rollout(values, bootstrap, mask)
     _check_task(TaskSignal(rewards, values, bootstrap, gamma, lam), values)
-    return chosen.gae(rewards, values, bootstrap, mask, gamma=gamma, lam=lam)
+    advantages, returns = (_check_or_make("out", x, values) for x in (out or (None, None)))
+    if values.numel():
+        operators.gae(
+            rewards,
+            values,
+            bootstrap,
+            mask,
+            float(gamma),
+            *_number_or_tensor(lam),
+            right_padded,
+            chosen,
+            advantages,
+            returns,
+        )
+    return advantages, returns
 
 
-def _backend(name: str) -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} does not exist: choose one of {', '.join(map(repr, BACKENDS))}.")
-    return cast(Backend, import_module(BACKENDS[name]))
+def _choose(backend: str, values: Tensor) -> str:
+    if backend not in BACKEND_NAMES:
+        raise ValueError(f"backend {backend!r} does not exist: choose one of {', '.join(map(repr, BACKEND_NAMES))}.")
+    if backend != "auto":
+        return backend
+    if values.is_cuda:
+        from lenvm_rl.advantages import triton_kernel
+
+        return "torch" if triton_kernel.unavailable() else "triton"
+    return "torch"
+
+
+def _number_or_tensor(x: float | Tensor) -> tuple[float, Tensor | None]:
+    return (1.0, x) if isinstance(x, Tensor) else (float(x), None)
+
+
+def _buffers(out: Advantages) -> list[Tensor]:
+    buffers = [out.total, out.length, out.task, out.returns, out.stats.table]
+    return buffers if out.task_returns is None else [*buffers, out.task_returns]
+
+
+def _check_or_make(name: str, out: Tensor | None, values: Tensor) -> Tensor:
+    if out is None:
+        return torch.empty(values.shape, dtype=torch.float32, device=values.device)
+    _check_buffer(name, out, values.shape, values)
+    return out
+
+
+def _check_out(out: Advantages, values: Tensor, token_task: bool) -> None:
+    if (out.task_returns is not None) != token_task:
+        kind = "a TaskSignal" if token_task else "a sequence advantage"
+        raise ValueError(f"out comes from the other kind of task than {kind}: pass the result of an equal call.")
+    fresh = empty_advantages(values.new_empty(values.shape, device="meta"), token_task=token_task)
+    for buffer, wanted in zip(_buffers(out), _buffers(fresh), strict=True):
+        _check_buffer("out", buffer, wanted.shape, values)
+
+
+def _check_buffer(name: str, out: Tensor, shape: torch.Size, values: Tensor) -> None:
+    if out.shape != shape or out.dtype != torch.float32 or out.device != values.device:
+        raise ValueError(
+            f"{name} holds a {tuple(out.shape)} buffer of {out.dtype} on {out.device}, but {tuple(shape)}, "
+            f"torch.float32 and {values.device} are needed: pass the result of a call with the same shapes, or None."
+        )
+    _check_rows(name, out)
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if x.ndim == 2 and x.shape[1] > 1 and x.stride(1) != 1:
+        raise ValueError(
+            f"{name} has strides {x.stride()}: the tokens of a row must lie side by side. Call .contiguous() on it."
+        )
 
 
 def _check_length(values: Tensor, bootstrap: Tensor, mask: Tensor, gamma: float, lam: float) -> None:
@@ -147,6 +234,7 @@ def _check_rollout(values: Tensor, bootstrap: Tensor, mask: Tensor) -> None:
     if values.ndim != 2:
         raise ValueError(f"values has shape {tuple(values.shape)}: it must be (B, T), one row per completion.")
     _check_floating("values", values)
+    _check_rows("values", values)
     _check_shape("mask", mask, values.shape, "the shape of values", values)
     if mask.dtype != torch.bool:
         raise ValueError(
@@ -185,6 +273,7 @@ def _check_shape(name: str, tensor: Tensor, shape: torch.Size, meaning: str, val
         )
     if tensor.device != values.device:
         raise ValueError(f"{name} is on {tensor.device}, but values is on {values.device}: move them to one device.")
+    _check_rows(name, tensor)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

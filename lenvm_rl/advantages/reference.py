@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lenvm_rl.advantages.types import Advantages, Moments, RowStats, TaskSignal
+from lenvm_rl.advantages.types import STATISTICS, TABLE_WIDTH, Advantages, TaskSignal
 
 Row = list[float]
 
@@ -27,21 +27,30 @@ def fused(
     coef: float,
     gate: Tensor | None,
     scale: float | Tensor,
-) -> Advantages:
+    right_padded: bool,
+    out: Advantages,
+) -> None:
+    """Fills `out`. It reads the mask whatever `right_padded` says."""
     B, T = values.shape
     total, length, task_advantages, returns, task_returns = ([[0.0] * T for _ in range(B)] for _ in range(5))
-    nonfinite, task_nonfinite = [0] * B, [0] * B
+    quantities = {
+        "length": length,
+        "returns": returns,
+        "task": task_advantages,
+        "total": total,
+        "task_returns": task_returns,
+    }
+    table = [[0.0] * TABLE_WIDTH for _ in range(B)]
     for b in range(B):
         steps = _policy_steps(mask, b)
         if not steps:
             continue
         V, V_end = _row(values, b, steps), float(bootstrap[b])
-        nonfinite[b] = _count_nonfinite([*V, V_end])
         A_len = _advantages([-(1 - gamma)] * len(steps), V, V_end, gamma, lam)
 
         if isinstance(task, TaskSignal):
             rewards, W, W_end = _row(task.rewards, b, steps), _row(task.values, b, steps), float(task.bootstrap[b])
-            task_nonfinite[b] = _count_nonfinite([*rewards, *W, W_end])
+            task_inputs = [*rewards, *W, W_end]
             if task.potential_coef != 0:
                 for k in range(len(steps)):
                     potential_after = V[k + 1] if k + 1 < len(steps) else 0.0
@@ -50,49 +59,58 @@ def fused(
             for k, t in enumerate(steps):
                 task_returns[b][t] = A_task[k] + W[k]
         else:
-            A_task = [float(task[b])] * len(steps)
-            task_nonfinite[b] = _count_nonfinite(A_task[:1])
+            task_inputs = [float(task[b])]
+            A_task = task_inputs * len(steps)
 
         weight = coef / float(scale)
         if gate is not None:
             weight *= float(gate[b])
-            task_nonfinite[b] += _count_nonfinite([float(gate[b])])
+            task_inputs.append(float(gate[b]))
         for k, t in enumerate(steps):
             length[b][t], returns[b][t], task_advantages[b][t] = A_len[k], A_len[k] + V[k], A_task[k]
             total[b][t] = A_task[k] + weight * A_len[k] if coef != 0 else A_task[k]
 
-    def moments(rows: list[Row]) -> Moments:
-        pairs = [_mean_and_m2([rows[b][t] for t in _policy_steps(mask, b)]) for b in range(B)]
-        return Moments(_tensor([mean for mean, _ in pairs], values), _tensor([m2 for _, m2 in pairs], values))
+        columns: dict[str, float] = {
+            "tokens": len(steps),
+            "nonfinite": _count_nonfinite([*V, V_end]),
+            "task_nonfinite": _count_nonfinite(task_inputs),
+        }
+        for name, rows in quantities.items():
+            columns[f"{name}_mean"], columns[f"{name}_m2"] = _mean_and_m2([rows[b][t] for t in steps])
+        table[b] = [columns.get(name, 0.0) for name in STATISTICS] + [0.0] * (TABLE_WIDTH - len(STATISTICS))
 
-    token_task = isinstance(task, TaskSignal)
-    return Advantages(
-        total=_matrix(total, values),
-        length=_matrix(length, values),
-        task=_matrix(task_advantages, values),
-        returns=_matrix(returns, values),
-        stats=RowStats(
-            tokens=torch.tensor([len(_policy_steps(mask, b)) for b in range(B)], dtype=torch.int64, device=mask.device),
-            nonfinite=torch.tensor(nonfinite, dtype=torch.int64, device=mask.device),
-            task_nonfinite=torch.tensor(task_nonfinite, dtype=torch.int64, device=mask.device),
-            length=moments(length),
-            returns=moments(returns),
-            task=moments(task_advantages),
-            total=moments(total),
-            task_returns=moments(task_returns) if token_task else None,
-        ),
-        task_returns=_matrix(task_returns, values) if token_task else None,
-    )
+    _write(total, out.total)
+    _write(length, out.length)
+    _write(returns, out.returns)
+    _write(table, out.stats.table)
+    if out.task_returns is not None:
+        _write(task_advantages, out.task)
+        _write(task_returns, out.task_returns)
+    elif T > 0:  # one number per row
+        _write(
+            [row[_policy_steps(mask, b)[0]] if any(mask[b]) else 0.0 for b, row in enumerate(task_advantages)], out.task
+        )
 
 
-def length(values: Tensor, bootstrap: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
+def length(
+    values: Tensor, bootstrap: Tensor, mask: Tensor, *, gamma: float, lam: float, right_padded: bool, out: Tensor
+) -> None:
     rewards = torch.full(values.shape, -(1 - gamma), dtype=torch.float64)
-    return gae(rewards, values, bootstrap, mask, gamma=gamma, lam=lam)[0]
+    outs = out, torch.empty_like(out)
+    gae(rewards, values, bootstrap, mask, gamma=gamma, lam=lam, right_padded=right_padded, out=outs)
 
 
 def gae(
-    rewards: Tensor, values: Tensor, bootstrap: Tensor, mask: Tensor, *, gamma: float, lam: float | Tensor
-) -> tuple[Tensor, Tensor]:
+    rewards: Tensor,
+    values: Tensor,
+    bootstrap: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    right_padded: bool,
+    out: tuple[Tensor, Tensor],
+) -> None:
     B, T = values.shape
     advantages, returns = ([[0.0] * T for _ in range(B)] for _ in range(2))
     for b in range(B):
@@ -101,7 +119,8 @@ def gae(
         A = _advantages(_row(rewards, b, steps), V, float(bootstrap[b]), gamma, _of_row(lam, b))
         for k, t in enumerate(steps):
             advantages[b][t], returns[b][t] = A[k], A[k] + V[k]
-    return _matrix(advantages, values), _matrix(returns, values)
+    _write(advantages, out[0])
+    _write(returns, out[1])
 
 
 def _advantages(rewards: Row, values: Row, bootstrap: float, gamma: float, lam: float) -> Row:
@@ -137,9 +156,5 @@ def _mean_and_m2(numbers: Row) -> tuple[float, float]:
     return mean, sum((number - mean) ** 2 for number in numbers)
 
 
-def _matrix(rows: list[Row], like: Tensor) -> Tensor:
-    return _tensor(rows, like).reshape(like.shape)
-
-
-def _tensor(numbers: list[Row] | Row, like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64).float().to(like.device)
+def _write(numbers: Sequence[Row | float], out: Tensor) -> None:
+    out.copy_(torch.tensor(numbers, dtype=torch.float64).reshape(out.shape))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -39,34 +40,68 @@ class Moments:
     m2: Tensor
 
 
+COUNTS = ("tokens", "nonfinite", "task_nonfinite")
+QUANTITIES = ("length", "returns", "task", "total", "task_returns")
+STATISTICS = (*COUNTS, *(f"{name}_{moment}" for name in QUANTITIES for moment in ("mean", "m2")))
+"""Columns of `RowStats.table`, in their order; the rest of its width is alignment."""
+
+TABLE_WIDTH = 16
+
+
 @dataclass(frozen=True)
 class RowStats:
     """Statistics of each row, (B,), on the device of the values: what whitening, explained variance and logs need."""
 
-    tokens: Tensor
-    """Tokens of the policy in the row (int64)."""
+    table: Tensor
+    """(B, 16) float32, one row per completion with the columns `STATISTICS`: one buffer, so that a kernel writes it in
+    passing. Counts are exact below 2^24."""
 
-    nonfinite: Tensor
-    """Length values at these tokens, and the bootstrap, that are NaN or infinite (int64). More than 0: results of this
-    row are meaningless."""
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of the policy in the row (int64)."""
+        return self._count("tokens")
 
-    task_nonfinite: Tensor
-    """The same count for the task side: sequence advantage or rewards, values and bootstrap, and the gate (int64)."""
+    @property
+    def nonfinite(self) -> Tensor:
+        """Length values at these tokens, and the bootstrap, that are NaN or infinite (int64). More than 0: results of
+        this row are meaningless."""
+        return self._count("nonfinite")
 
-    length: Moments
-    """Of the raw length advantage: the error of the length critic, whose targets are `returns`."""
+    @property
+    def task_nonfinite(self) -> Tensor:
+        """The same count for the task side: sequence advantage or rewards, values and bootstrap, and the gate."""
+        return self._count("task_nonfinite")
 
-    returns: Moments
-    """Of the length critic's targets."""
+    @property
+    def length(self) -> Moments:
+        """Of the raw length advantage: the error of the length critic, whose targets are `returns`."""
+        return self._moments("length")
 
-    task: Moments
-    """Of the task advantage."""
+    @property
+    def returns(self) -> Moments:
+        """Of the length critic's targets."""
+        return self._moments("returns")
 
-    total: Moments
-    """Of the combined advantage."""
+    @property
+    def task(self) -> Moments:
+        """Of the task advantage."""
+        return self._moments("task")
 
-    task_returns: Moments | None = None
-    """Of the task critic's targets; None without a task critic."""
+    @property
+    def total(self) -> Moments:
+        """Of the combined advantage."""
+        return self._moments("total")
+
+    @property
+    def task_returns(self) -> Moments:
+        """Of the task critic's targets; zeros without a task critic."""
+        return self._moments("task_returns")
+
+    def _count(self, name: str) -> Tensor:
+        return self.table[:, STATISTICS.index(name)].long()
+
+    def _moments(self, name: str) -> Moments:
+        return Moments(self.table[:, STATISTICS.index(f"{name}_mean")], self.table[:, STATISTICS.index(f"{name}_m2")])
 
 
 @dataclass(frozen=True)
@@ -80,7 +115,8 @@ class Advantages:
     """Raw length advantage A_len, before coefficient, gate and scale."""
 
     task: Tensor
-    """Task advantage: the sequence advantage on every token, or GAE of the (shaped) task rewards."""
+    """Task advantage: GAE of the (shaped) task rewards, or a sequence advantage, which stays (B, 1): it is the same on
+    every token, and a fused computation does not write the same number T times."""
 
     returns: Tensor
     """Targets of the length critic: its lambda-return A_len + V."""
@@ -89,3 +125,24 @@ class Advantages:
 
     task_returns: Tensor | None = None
     """Targets of the task critic: A_task + V_task, shaping included. None where `task` is a sequence advantage."""
+
+
+def empty_advantages(values: Tensor, *, token_task: bool) -> Advantages:
+    """Buffers for a batch of the shape (B, T) and on the device of `values`.
+
+    Rows start 16-byte aligned on a GPU, whatever T: a kernel then stores 128 bits at a time.
+    """
+    B, T = values.shape
+    width = T + -T % 4 if values.is_cuda else T
+
+    def rows() -> Tensor:
+        return torch.empty(B, width, dtype=torch.float32, device=values.device)[:, :T]
+
+    return Advantages(
+        total=rows(),
+        length=rows(),
+        task=rows() if token_task else torch.empty(B, 1, dtype=torch.float32, device=values.device),
+        returns=rows(),
+        stats=RowStats(torch.empty(B, TABLE_WIDTH, dtype=torch.float32, device=values.device)),
+        task_returns=rows() if token_task else None,
+    )

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl import GRPOConfig, GRPOTrainer
 
-from lenvm_rl.advantages import Advantages, compute_advantages
-from lenvm_rl.advantages.compute import BACKENDS
+from lenvm_rl.advantages import compute_advantages
+from lenvm_rl.advantages.compute import BACKEND_NAMES
 from lenvm_rl.assets import model_path
-from lenvm_rl.credit import LengthCredit, gated_std
+from lenvm_rl.credit import LengthCredit, gated_std, rescaled
 from lenvm_rl.critic import Calibration, LengthCritic
 from lenvm_rl.length import check_gamma
 from lenvm_rl.model import LengthValueConfig, LengthValueModel
@@ -68,7 +68,8 @@ class LenVMGRPOConfig(GRPOConfig):
     """Tokens of one critic forward, padding included. Lower it when the critic runs out of memory."""
 
     advantage_backend: str = "auto"
-    """Implementation of the advantage computation: "auto", "torch", or "reference" (a slow float64 loop)."""
+    """Implementation of the advantage computation: "auto" (the CUDA kernel where it runs, else "torch"), "torch",
+    "triton", or "reference" (a slow float64 loop)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +78,10 @@ class LenVMGRPOConfig(GRPOConfig):
             check_gamma(self.length_gamma, "length_gamma")
         if self.length_token_budget < 1:
             raise ValueError(f"length_token_budget must be at least 1, got {self.length_token_budget}.")
-        if self.advantage_backend not in BACKENDS:
-            raise ValueError(f"advantage_backend must be one of {', '.join(BACKENDS)}, got {self.advantage_backend!r}.")
+        if self.advantage_backend not in BACKEND_NAMES:
+            raise ValueError(
+                f"advantage_backend must be one of {', '.join(BACKEND_NAMES)}, got {self.advantage_backend!r}."
+            )
         if self.length_coef == 0:
             return
         if self.loss_type == "luspo":
@@ -232,9 +235,11 @@ class LenVMGRPOTrainer(GRPOTrainer):
             )
             calibration = self.length_critic.calibration(values, mask, finished)
             self._report_critic(calibration)
-            advantages, std = self._advantages(self.length_critic.gamma, values, bootstrap, mask, batch["advantages"])
+            advantages, std = self._advantages(
+                self.length_critic.gamma, values, bootstrap, mask, batch["advantages"], "tool_mask" not in batch
+            )
             if self.credit.coef != 0:
-                batch["advantages"] = advantages.total
+                batch["advantages"] = advantages
             metrics |= {
                 "advantage_std": std.item(),
                 "explained_variance": calibration.explained_variance,
@@ -253,25 +258,21 @@ class LenVMGRPOTrainer(GRPOTrainer):
         return torch.isin(batch["completion_ids"].gather(1, last).squeeze(1), ends)
 
     def _advantages(
-        self, gamma: float, values: Tensor, bootstrap: Tensor, mask: Tensor, task: Tensor
-    ) -> tuple[Advantages, Tensor]:
+        self, gamma: float, values: Tensor, bootstrap: Tensor, mask: Tensor, task: Tensor, right_padded: bool
+    ) -> tuple[Tensor, Tensor]:
         """Token advantages, and the standard deviation of the length part over the gated tokens of all processes."""
-
-        def compute(scale: float | Tensor) -> Advantages:
-            return compute_advantages(
-                values,
-                bootstrap,
-                mask,
-                task,
-                gamma=gamma,
-                lam=self.credit.lam,
-                coef=self.credit.coef,
-                gate=self._gate,
-                scale=scale,
-                backend=self.args.advantage_backend,
-            )
-
-        advantages = compute(1.0)
+        advantages = compute_advantages(
+            values,
+            bootstrap,
+            mask,
+            task,
+            gamma=gamma,
+            lam=self.credit.lam,
+            coef=self.credit.coef,
+            gate=self._gate,
+            right_padded=right_padded,
+            backend=self.args.advantage_backend,
+        )
         if (advantages.stats.nonfinite > 0).any():
             row = int(advantages.stats.nonfinite.argmax())
             raise ValueError(
@@ -279,8 +280,10 @@ class LenVMGRPOTrainer(GRPOTrainer):
                 f"completion {row} of this process's batch. Its weights are damaged, or its dtype overflows: load it "
                 "in float32 or bfloat16, or pretrain it again."
             )
-        std = gated_std(advantages.length, mask, self._gate, self.accelerator.reduce)
-        return (compute(std) if self.credit.scale == "std" else advantages), std
+        std = gated_std(advantages.stats, self._gate, self.accelerator.reduce)
+        if self.credit.scale == "std":
+            return rescaled(advantages, mask, self.credit.coef * self._gate / std), std
+        return advantages.total, std
 
     def _length_metrics(self, mask: Tensor) -> dict[str, float]:
         tokens, correct = mask.sum(1), self._correct.double()

@@ -68,7 +68,7 @@ def signal(**changes):
         ({"scale": nan}, "scale is nan"),
         ({"scale": torch.ones(1)}, r"scale has shape \(1,\): it must be a number or a 0-dim tensor"),
         ({"scale": torch.ones((), device="meta")}, "scale is on meta, but values is on cpu"),
-        ({"backend": "cuda"}, "backend 'cuda' does not exist: choose one of 'auto', 'torch', 'reference'"),
+        ({"backend": "cuda"}, "backend 'cuda' does not exist: choose one of 'auto', 'torch', 'triton', 'reference'"),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_was_seen(changes, message):

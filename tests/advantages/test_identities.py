@@ -120,7 +120,7 @@ def test_padding_on_either_side_changes_nothing(backend, lengths, seed, gamma, l
         torch.nn.functional.pad(x, (left, right), value=fill) for x, fill in ((values, float("inf")), (mask, False))
     ]
     padded = length_advantages(wide[0], bootstrap, wide[1], gamma=gamma, lam=lam, backend=backend)
-    close(padded[:, left : left + mask.shape[1]], plain, atol=1e-7)
+    close(padded[:, left : left + mask.shape[1]], plain, atol=3e-7)
     assert (padded[:, :left] == 0).all() and (padded[:, left + mask.shape[1] :] == 0).all()
 
 
