@@ -5,15 +5,17 @@ r"""The accuracy reward: 1.0 for the right answer, 0.0 for any other and for non
    `\boxed{4+3}`, the shortest policy that computer algebra pays for.
 3. Strings, words and numbers are compared here, in microseconds. Only what is left goes to math-verify, in processes
    that are killed when they take too long (`verify_pool.py`): no completion can hang the training.
+4. A batch is judged once, for the trainer and for all length rewards together (`verdicts.py`).
 """
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from reward_fns.answers import answer_of, check_gold, final_text
 from reward_fns.completions import completion_text
 from reward_fns.simplest_form import equality_verdict, simplest_form_verdict
+from reward_fns.verdicts import BatchMemory, LogExtra, LogMetric
 from reward_fns.verify_pool import Question, VerifierPool
 
 _EXTRACTED_CHARACTERS = 2000  # of a text without a box; the regular expressions of math-verify grow with it
@@ -66,6 +68,7 @@ class AccuracyReward:
         self.seconds_per_batch = float(seconds_per_batch)
         self.workers = workers
         self.__name__ = "accuracy_reward"
+        self._memory = BatchMemory()
         self._pool = VerifierPool(workers or _usable_cpus(), self.seconds_per_answer, self.seconds_per_batch)
 
     def __call__(
@@ -73,8 +76,8 @@ class AccuracyReward:
         completions: Sequence[object],
         solution: Sequence[object] | None = None,
         answer: Sequence[object] | None = None,
-        log_extra: Callable[[str, list[str]], None] | None = None,
-        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: LogExtra | None = None,
+        log_metric: LogMetric | None = None,
         **columns: object,
     ) -> list[float]:
         r"""Rewards of a batch.
@@ -98,6 +101,20 @@ class AccuracyReward:
             RuntimeError: an answer needs math-verify and its process cannot be started.
         """
         golds = _golds(len(completions), solution, answer, columns)
+        asked = {"golds": golds, "settings": repr(self), "name": self.__name__}
+
+        def score(extra: LogExtra, metric: LogMetric) -> list[float]:
+            return self._score(completions, golds, extra, metric)
+
+        return self._memory.recall(completions, asked, score, log_extra, log_metric)
+
+    def close(self) -> None:
+        """Stop the processes before the interpreter exits, which stops them anyway; a later call starts new ones."""
+        self._pool.close()
+
+    def _score(
+        self, completions: Sequence[object], golds: list[str], log_extra: LogExtra, log_metric: LogMetric
+    ) -> list[float]:
         texts = [completion_text(completion) for completion in completions]
         answers = [answer_of(text) for text in texts]
         rewards = [0.0] * len(completions)
@@ -117,18 +134,12 @@ class AccuracyReward:
                 crashes += len(indices) * (outcome == "crash")
                 for index in indices:
                     rewards[index] = float(outcome == "equal")
-        if log_extra is not None:
-            log_extra(f"{self.__name__}/gold", golds)
-            log_extra(f"{self.__name__}/answer", [given or "" for given in answers])
-        if log_metric is not None:
-            log_metric(f"{self.__name__}/timeouts", float(timeouts))
-            log_metric(f"{self.__name__}/crashes", float(crashes))
-            log_metric(f"{self.__name__}/no_answer", answers.count(None) / len(answers) if answers else 0.0)
+        log_extra(f"{self.__name__}/gold", golds)
+        log_extra(f"{self.__name__}/answer", [given or "" for given in answers])
+        log_metric(f"{self.__name__}/timeouts", float(timeouts))
+        log_metric(f"{self.__name__}/crashes", float(crashes))
+        log_metric(f"{self.__name__}/no_answer", answers.count(None) / len(answers) if answers else 0.0)
         return rewards
-
-    def close(self) -> None:
-        """Stop the processes before the interpreter exits, which stops them anyway; a later call starts new ones."""
-        self._pool.close()
 
     def _judge(self, gold: str, text: str, given: str | None) -> tuple[bool, Question | None]:
         """The verdict, or the question that only computer algebra can answer."""
@@ -141,10 +152,11 @@ class AccuracyReward:
         return bool(verdict), Question(gold, given) if verdict is None else None
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_pool"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pool", "_memory")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        self._memory = BatchMemory()
         self._pool = VerifierPool(self.workers or _usable_cpus(), self.seconds_per_answer, self.seconds_per_batch)
 
     def __repr__(self) -> str:

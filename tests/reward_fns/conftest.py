@@ -1,11 +1,13 @@
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from reward_fns import AccuracyReward
+from reward_fns.completions import completion_text
 
 
 def is_running(process_id: int) -> bool:
@@ -59,3 +61,39 @@ def metrics() -> dict[str, float]:
 def script_environment() -> dict[str, str]:
     """Environment of a script that knows nothing of the checkout."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+END = 1
+
+
+def says_right(completions: Sequence[object], **_: object) -> list[float | None]:
+    """Correctness for the tests of length rewards: by the text, "right", "wrong" or "unknown"."""
+    verdicts = {"right": 1.0, "wrong": 0.0, "unknown": None}
+    return [verdicts[completion_text(completion)] for completion in completions]
+
+
+@pytest.fixture(scope="session", name="says_right")
+def fixture_says_right() -> Callable[..., list[float | None]]:
+    return says_right
+
+
+@pytest.fixture(scope="session")
+def batch() -> Callable[..., dict[str, Any]]:
+    """What TRL passes, from rows (prompt, tokens, "right" | "wrong" | "unknown" | a bool); `cut` rows have no end."""
+
+    def build(
+        rows: Sequence[tuple[str, int, str | bool]], cut: Sequence[int] = (), conversational: bool = False, **more: Any
+    ) -> dict[str, Any]:
+        texts = [said if isinstance(said, str) else ("right" if said else "wrong") for _, _, said in rows]
+        prompts: list[Any] = [prompt for prompt, _, _ in rows]
+        completions: list[Any] = texts
+        if conversational:
+            prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+        ids = [
+            [7] * tokens if index in cut or tokens == 0 else [7] * (tokens - 1) + [END]
+            for index, (_, tokens, _) in enumerate(rows)
+        ]
+        return {"prompts": prompts, "completions": completions, "completion_ids": ids, **more}
+
+    return build
