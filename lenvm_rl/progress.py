@@ -8,8 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def progress_bar(name: str, total: int, *, visible: bool = True) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(name: str, total: int, *, done: int = 0, visible: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A bar over completions, with tokens per second and time left, on stderr.
+
+    Args:
+        name: what is being made.
+        total: completions in all.
+        done: completions that an earlier run made; they count neither for the rate nor for the time left.
+        visible: False on all processes but one.
 
     Yields:
         A function to call with the completions and the tokens that were made since its last call.
@@ -23,7 +29,7 @@ def progress_bar(name: str, total: int, *, visible: bool = True) -> Iterator[Cal
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not visible) as progress:
-        task = progress.add_task(name, total=total, rate="")
+        task = progress.add_task(name, total=total, completed=done, rate="")
         made = 0
 
         def advance(completions: int, tokens: int) -> None:

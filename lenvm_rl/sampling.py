@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +51,11 @@ class Completion:
     """The end token included, where the model emitted one."""
     finished: bool
     """The last token is an end token; otherwise the completion was cut at the token limit."""
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        """Why it ended, in the words of OpenAI-compatible servers."""
+        return "stop" if self.finished else "length"
 
 
 def prompt_token_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -58,6 +58,10 @@ def test_a_completion_is_finished_by_an_end_token_and_cut_at_the_limit(tokenizer
     ]
 
 
+def test_a_finish_reason_is_that_of_a_server():
+    assert [Completion([7], finished=finished).finish_reason for finished in (True, False)] == ["stop", "length"]
+
+
 def test_every_end_token_of_the_model_and_of_the_tokenizer_ends_a_completion(tokenizer):
     model = scripted([[7, TURN], [7, 8, EOS], [7, 8, 3, 4]], ends=[TURN, 3])
     completions = sample_completions(model, tokenizer, PROMPTS[:3], SamplingSettings(4))

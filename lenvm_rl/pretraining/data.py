@@ -3,17 +3,24 @@
 A label is the remaining length of a state: the last prompt token, or any completion token, the end token included.
 States without a known target carry -100: the prompt before its last token, padding, and the last state of a completion
 that was cut, whose own value stands in for the tail. So a row has a label 0 if and only if its completion finished.
+A row without a completion has no label at all.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 NO_TARGET = -100
 COLUMNS = ("prompt_ids", "completion_ids", "finished")
+SETTINGS = ("max_new_tokens", "temperature", "top_p")
+"""Columns that rollouts may have, of one value in all rows."""
 
 
 class LengthValueCollator:
@@ -34,28 +41,85 @@ class LengthValueCollator:
             end = len(prompt) + len(completion)
             input_ids[i, :end] = torch.tensor([*prompt, *completion])
             labels[i, len(prompt) - 1 : end] = torch.arange(len(completion), -1, -1)
-            if not row["finished"]:
+            if not row["finished"] or not completion:
                 labels[i, end - 1] = NO_TARGET
         return {"input_ids": input_ids, "labels": labels}
 
 
-def check_rollouts(rollouts: Dataset, vocab_size: int) -> None:
-    """Refuse rollouts that no critic of this vocabulary can learn from.
+def check_rollouts(rollouts: Dataset, vocab_size: int) -> Dataset:
+    """The rollouts that a critic of this vocabulary can learn from; empty completions are left out, with a warning.
+
+    Reads a thousand rows at a time.
 
     Raises:
-        ValueError: a missing column, no rows, an empty prompt or completion, or an id outside the vocabulary; names
-            the row.
+        ValueError: a missing column, no rows, an empty prompt, an id outside the vocabulary (names the row), or rows
+            that were sampled with different settings.
     """
     missing = [name for name in COLUMNS if name not in rollouts.column_names]
     if missing:
         raise ValueError(f"Rollouts need the columns {', '.join(COLUMNS)}, but have no {' and no '.join(missing)}.")
     if len(rollouts) == 0:
         raise ValueError("There are no rollouts to train on.")
-    for row, (prompt, completion) in enumerate(zip(rollouts["prompt_ids"], rollouts["completion_ids"], strict=True)):
-        if not prompt or not completion:
-            raise ValueError(f"Rollout {row} has an empty {'completion' if prompt else 'prompt'}: drop it.")
-        if not 0 <= min(*prompt, *completion) <= max(*prompt, *completion) < vocab_size:
-            raise ValueError(
-                f"Rollout {row} holds a token id outside the critic's vocabulary of {vocab_size}: critic and policy "
-                "must share a tokenizer."
-            )
+    settings = [name for name in SETTINGS if name in rollouts.column_names]
+    seen: dict[str, set[float]] = {name: set() for name in settings}
+    kept: list[np.ndarray] = []
+    for start, table in _tables(rollouts, ["prompt_ids", "completion_ids", *settings]):
+        lengths = {name: _lengths(table[name]) for name in ("prompt_ids", "completion_ids")}
+        if not lengths["prompt_ids"].all():
+            raise ValueError(f"Rollout {start + int(lengths['prompt_ids'].argmin())} has an empty prompt: drop it.")
+        for name in ("prompt_ids", "completion_ids"):
+            ids = _flat(table[name])
+            outside = (ids < 0) | (ids >= vocab_size)
+            if outside.any():
+                row = np.repeat(np.arange(len(table)), lengths[name])[outside.argmax()]
+                raise ValueError(
+                    f"Rollout {start + row} holds a token id outside the critic's vocabulary of {vocab_size}: critic "
+                    "and policy must share a tokenizer."
+                )
+        for name in settings:
+            seen[name].update(value for value in pc.unique(table[name]).to_pylist() if value is not None)
+        kept.append(start + np.flatnonzero(lengths["completion_ids"]))
+    mixed = [f"{name} {' and '.join(map(str, sorted(values)))}" for name, values in seen.items() if len(values) > 1]
+    if mixed:
+        raise ValueError(
+            f"These rollouts were sampled with different settings ({'; '.join(mixed)}). A length value is that of one "
+            "way to sample: train on rollouts of one."
+        )
+    rows = np.concatenate(kept)
+    if len(rows) == 0:
+        raise ValueError("All completions are empty: there is nothing to train on.")
+    if len(rows) == len(rollouts):
+        return rollouts
+    warnings.warn(
+        f"{len(rollouts) - len(rows):,} of {len(rollouts):,} rollouts have an empty completion and are left out.",
+        stacklevel=2,
+    )
+    return rollouts.select(rows)
+
+
+def completion_lengths(rollouts: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each completion, the end token included, and whether it finished: two arrays of (rollouts,)."""
+    columns = ["completion_ids", "finished"]
+    parts = [(_lengths(t["completion_ids"]), t["finished"].to_numpy()) for _, t in _tables(rollouts, columns)]
+    if not parts:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+    lengths, finished = zip(*parts, strict=True)
+    return np.concatenate(lengths), np.concatenate(finished).astype(bool)
+
+
+def _tables(rollouts: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """A thousand rows at a time, with the position of the first one."""
+    start = 0
+    for table in rollouts.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        yield start, table
+        start += len(table)
+
+
+def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+
+
+def _flat(lists: pa.ChunkedArray) -> np.ndarray:
+    flat = pc.list_flatten(lists)
+    # an empty Python list leaves no type behind
+    return flat.to_numpy() if pa.types.is_integer(flat.type) else np.zeros(0, dtype=np.int64)

@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 from torch import tensor
 
-from lenvm_rl.pretraining.data import LengthValueCollator, check_rollouts
+from lenvm_rl.pretraining.data import LengthValueCollator, check_rollouts, completion_lengths
 
 FINISHED = {"prompt_ids": [5, 6, 7], "completion_ids": [8, 9, 1], "finished": True}
 CUT = {"prompt_ids": [5], "completion_ids": [8, 9], "finished": False}
@@ -34,6 +34,12 @@ def test_a_completion_of_one_token_is_labelled():
     assert collated({"prompt_ids": [5, 6], "completion_ids": [8], "finished": False})[1] == [[-100, 1, -100]]
 
 
+def test_an_empty_completion_teaches_nothing():
+    # the state after the prompt would look like an end
+    for finished in (True, False):
+        assert collated({"prompt_ids": [5, 6], "completion_ids": [], "finished": finished})[1] == [[-100, -100]]
+
+
 def test_tensors_hold_token_ids():
     batch = LengthValueCollator(pad_token_id=0)([FINISHED])
     assert batch["input_ids"].dtype == batch["labels"].dtype == tensor([1]).dtype
@@ -45,8 +51,44 @@ def rollouts(**columns):
     )
 
 
-def test_rollouts_of_the_critics_vocabulary_pass():
-    check_rollouts(rollouts(), vocab_size=10)
+def test_rollouts_of_the_critics_vocabulary_pass_as_they_are():
+    given = rollouts()
+    assert check_rollouts(given, vocab_size=10) is given
+
+
+def test_empty_completions_are_counted_and_left_out():
+    given = rollouts(prompt_ids=[[5]] * 3, completion_ids=[[8, 1], [], [9]], finished=[True, False, False])
+    with pytest.warns(UserWarning, match="1 of 3 rollouts have an empty completion and are left out"):
+        kept = check_rollouts(given, vocab_size=10)
+    assert kept["completion_ids"][:] == [[8, 1], [9]] and kept["finished"][:] == [True, False]
+
+
+def test_rows_far_down_are_checked_too():
+    columns = {"prompt_ids": [[5]] * 2500, "finished": [True] * 2500}
+    completions = [[8, 1]] * 2500
+    completions[2400], completions[1200] = [8, 10], []
+    with pytest.raises(ValueError, match="Rollout 2400 holds a token id outside"):
+        check_rollouts(rollouts(**columns, completion_ids=completions), vocab_size=10)
+    with pytest.warns(UserWarning, match="1 of 2,500 rollouts"):
+        assert len(check_rollouts(rollouts(**columns, completion_ids=completions), vocab_size=11)) == 2499
+
+
+@pytest.mark.parametrize(
+    "name, values", [("temperature", [1.0, 0.7]), ("top_p", [0.9, 1.0]), ("max_new_tokens", [8, 4])]
+)
+def test_rollouts_of_different_sampling_settings_are_refused(name, values):
+    low, high = sorted(values)
+    with pytest.raises(ValueError, match=rf"different settings \({name} {low} and {high}\). A length value is that of"):
+        check_rollouts(rollouts(**{name: values}), vocab_size=10)
+    check_rollouts(rollouts(**{name: values[:1] * 2}), vocab_size=10)
+    check_rollouts(rollouts(**{name: [values[0], None]}), vocab_size=10)  # a file that does not say it
+
+
+def test_lengths_are_those_of_the_completions():
+    lengths, finished = completion_lengths(rollouts())
+    assert lengths.tolist() == [2, 1] and finished.tolist() == [True, False]
+    lengths, finished = completion_lengths(rollouts().select([1]))
+    assert lengths.tolist() == [1] and finished.tolist() == [False]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +96,7 @@ def test_rollouts_of_the_critics_vocabulary_pass():
     [
         ({"prompt_ids": [], "completion_ids": [], "finished": []}, "There are no rollouts to train on"),
         ({"prompt_ids": [[5], []]}, "Rollout 1 has an empty prompt: drop it"),
-        ({"completion_ids": [[], [9]]}, "Rollout 0 has an empty completion: drop it"),
+        ({"completion_ids": [[], []]}, "All completions are empty: there is nothing to train on"),
         ({"completion_ids": [[8, 1], [10]]}, "Rollout 1 holds a token id outside the critic's vocabulary of 10"),
         ({"prompt_ids": [[5], [6, -1]]}, "Rollout 1 holds a token id outside the critic's vocabulary of 10"),
     ],
