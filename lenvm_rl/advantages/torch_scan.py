@@ -17,6 +17,7 @@ Left out: gradients (advantages are constants of the loss) and checks of the arg
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -24,13 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lenvm_rl.advantages.types import COUNTS, QUANTITIES, Advantages, Moments, TaskSignal
+from lenvm_rl.advantages.types import STATISTICS, Advantages, TaskSignal
 
 CHUNK = 32
 FEW_CHUNKS = 256
 """Chunks whose heads are scanned by one product; its matrix of powers has 256 KB at most."""
 CACHED_TOKENS = 262_144
 """Tokens of a group of rows on a CPU: its half dozen float32 arrays, 1 MB each, stay in a last-level cache."""
+
+
+LARGEST_KEPT = 64 * 2**20
+"""Bytes of the working memory that a thread keeps between calls; one very long row can need more."""
 
 
 def fused(
@@ -47,37 +52,51 @@ def fused(
     right_padded: bool,
     out: Advantages,
 ) -> None:
-    weights = None if coef == 0 else _weights(coef, gate, scale, bootstrap)
+    weight = None if coef == 0 else _weight(coef, gate, scale, bootstrap)  # None returns the task advantage bit for bit
+    groups: list[dict[str, Tensor]] = []
     for part, rows in _row_groups(mask, right_padded):
         length, returns, total = out.length[part], out.returns[part], out.total[part]
         finite = _length(rows, values[part], bootstrap[part], gamma, lam, length, returns)
-        statistics = {"length": rows.moments(length), "returns": rows.moments(returns)}
-        weight = None if weights is None else weights[part]  # None returns the task advantage bit for bit
-
+        columns = {
+            "tokens": rows.tokens,
+            "nonfinite": rows.nonfinite(*([] if finite else [values[part], bootstrap[part]])),
+            **rows.moments("length", length),
+            **rows.moments("returns", returns),
+        }
+        own_weight = None if weight is None else weight[part]
         if isinstance(task, TaskSignal):
             assert out.task_returns is not None
             signal, task_advantages, task_returns = _signal_of(task, part), out.task[part], out.task_returns[part]
-            task_finite = _task(rows, signal, values[part], task_advantages, task_returns)
-            rows.combine(task_advantages, weight, length, total)
-            for name, x in (("task", task_advantages), ("total", total), ("task_returns", task_returns)):
-                statistics[name] = rows.moments(x)
-            task_inputs = [] if task_finite else [signal.rewards, signal.values, signal.bootstrap]
+            finite = _task(rows, signal, values[part], task_advantages, task_returns)
+            rows.combine(task_advantages, own_weight, length, total)
+            columns |= {
+                "task_nonfinite": rows.nonfinite(
+                    *([] if finite else [signal.rewards, signal.values, signal.bootstrap]),
+                ),
+                **rows.moments("task", task_advantages),
+                **rows.moments("total", total),
+                **rows.moments("task_returns", task_returns),
+            }
         else:
-            sequence = torch.where(rows.filled, task[part], 0).float()
-            out.task[part] = sequence[:, None]
-            rows.combine(sequence[:, None], weight, length, total)
-            # on a row, the total is an affine function of the length advantage: no need to read it again
-            statistics["task"] = Moments(sequence, torch.zeros_like(sequence))
-            statistics["total"] = _affine(rows, sequence, weight, statistics["length"])
-            statistics["task_returns"] = Moments(torch.zeros_like(sequence), torch.zeros_like(sequence))
-            task_inputs = [task[part]]
+            out.task[part] = torch.where(rows.filled, task[part], 0)[:, None]
+            rows.combine(out.task[part], own_weight, length, total)
+        groups.append(columns)
 
-        counts = {
-            "tokens": rows.tokens,
-            "nonfinite": rows.nonfinite(*([] if finite else [values[part], bootstrap[part]])),
-            "task_nonfinite": rows.nonfinite(*task_inputs, *([] if gate is None else [gate[part]])),
-        }
-        _write_table(counts, statistics, out.stats.table[part])
+    table = groups[0] if len(groups) == 1 else {name: torch.cat([g[name] for g in groups]) for name in groups[0]}
+    filled = table["tokens"] > 0
+    if not isinstance(task, TaskSignal):
+        # on a row, the total is an affine function of the length advantage: no need to read it again
+        sequence, none = out.task[:, 0], torch.zeros_like(out.task[:, 0])
+        table |= {"task_mean": sequence, "task_m2": none, "total_mean": sequence, "total_m2": none}
+        table |= {"task_nonfinite": _nonfinite(task, filled).long()}
+        if weight is not None:
+            table["total_mean"] = torch.where(filled, sequence + weight * table["length_mean"], 0)
+            table["total_m2"] = torch.where(filled, weight.square() * table["length_m2"], 0)
+    if gate is not None:
+        table["task_nonfinite"] = table["task_nonfinite"] + _nonfinite(gate, filled).long()
+    out.stats.table.zero_()
+    written = [table[name].float() for name in STATISTICS if name in table]  # what is absent comes last
+    out.stats.table[:, : len(written)] = torch.stack(written, 1)
 
 
 def length(
@@ -194,10 +213,27 @@ def _row_groups(mask: Tensor, right_padded: bool) -> Iterator[tuple[slice, "_Row
     size = min(B, max(1, CACHED_TOKENS // T)) if mask.device.type == "cpu" else B
     dtype = _scan_dtype(mask.device)
     steps = torch.arange(T, dtype=dtype, device=mask.device)
-    scratch = torch.empty(3, size, T + -T % CHUNK, dtype=dtype, device=mask.device)
+    scratch = _scratch((3, size, T + -T % CHUNK), dtype, mask.device)
     for first in range(0, B, size):
         part = slice(first, min(first + size, B))
         yield part, _Rows(mask[part], right_padded, steps, scratch[:, : part.stop - first])
+
+
+_own = threading.local()
+
+
+def _scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory to work in. On a CPU the last one of the thread is used again: PyTorch would return it to the system, and
+    mapping 3 MB anew costs as much as a pass over them."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    last: Tensor | None = getattr(_own, "scratch", None)
+    if last is None or last.shape != shape or last.dtype != dtype:
+        with torch.inference_mode(False):
+            last = torch.empty(shape, dtype=dtype, device=device)
+        if last.nbytes <= LARGEST_KEPT:
+            _own.scratch = last
+    return last
 
 
 class _Rows:
@@ -211,14 +247,16 @@ class _Rows:
         self.mask = mask
         self.looks = mask.device.type == "cpu"
         self.dtype = steps.dtype
-        self.tokens = mask.view(torch.uint8).sum(1, dtype=torch.int32)  # faster than a sum of bools
+        # where the ones come first, the last column tells full rows, and nothing else need be read
+        full = right_padded and self.looks and bool(mask[:, -1].all())
+        self.tokens = torch.full(mask.shape[:1], T) if full else mask.sum(1)
         self.filled = self.tokens > 0
-        self.last = (self.tokens.long() - 1).clamp(min=0)[:, None]
+        self.last = (self.tokens - 1).clamp(min=0)[:, None]
         self.scanned, self.sums = scratch[1], scratch[2]
         self.front: Tensor | None = None
         self.live: Tensor | None = None
         self.slot: Tensor | None = None
-        if self.looks and bool((self.tokens == T).all()):
+        if full or (self.looks and bool((self.tokens == T).all())):
             return
         # 1 at as many places as there are tokens, by arithmetic: turning bools into floats costs three times as much
         counts = self.tokens.to(self.dtype)[:, None]
@@ -292,9 +330,10 @@ class _Rows:
         if self.front is not None:
             x[:, :T].mul_(self.front)
         x.scatter_(1, self.last, torch.where(self.filled, last, 0)[:, None])
-        direct = excess == 0 and returns.shape == x.shape and returns.is_contiguous() and returns.dtype == x.dtype
+        # where no copy is needed, the sums land in their place
+        direct = returns.shape == x.shape and returns.is_contiguous() and returns.dtype == x.dtype
         sums = reverse_scan(x, decay, self.sums, out=returns if direct else x)[:, :T]
-        if not direct:
+        if not direct or excess != 0:
             torch.sub(sums, 1 if self.front is None else self.front, alpha=excess, out=returns)
         self._subtract(returns, values, self.front, out=advantages)
 
@@ -334,20 +373,22 @@ class _Rows:
         """True where a look shows that all is finite; False without a look."""
         return self.looks and math.isfinite(x.sum().item())
 
-    def moments(self, x: Tensor) -> Moments:
+    def moments(self, name: str, x: Tensor) -> dict[str, Tensor]:
         mean = x.sum(1, dtype=self.dtype) / self.tokens.clamp(min=1)
         centred = self.scanned[:, : x.shape[1]]
         self._subtract(x, mean[:, None], self.live, out=centred)
-        return Moments(mean, torch.linalg.vector_norm(centred, dim=1).square())
+        return {f"{name}_mean": mean, f"{name}_m2": torch.linalg.vector_norm(centred, dim=1).square()}
 
     def nonfinite(self, *inputs: Tensor) -> Tensor:
         """How many entries are not finite, of (B, T) inputs at the tokens and of (B,) inputs in rows that have any."""
-        counts = torch.zeros_like(self.tokens, dtype=torch.int64)
+        counts = torch.zeros_like(self.tokens)
         for x in inputs:
-            if not self.finite(x):
-                wrong = torch.isfinite(x).logical_not_()
-                counts += (wrong & self.mask).sum(1) if x.ndim == 2 else wrong & self.filled
+            counts += _nonfinite(x, self.mask).sum(1) if x.ndim == 2 else _nonfinite(x, self.filled)
         return counts
+
+
+def _nonfinite(x: Tensor, where: Tensor) -> Tensor:
+    return torch.isfinite(x).logical_not_().logical_and_(where)
 
 
 def _signal_of(task: TaskSignal, part: slice) -> TaskSignal:
@@ -355,22 +396,6 @@ def _signal_of(task: TaskSignal, part: slice) -> TaskSignal:
     return TaskSignal(task.rewards[part], task.values[part], task.bootstrap[part], task.gamma, lam, task.potential_coef)
 
 
-def _weights(coef: float, gate: Tensor | None, scale: float | Tensor, bootstrap: Tensor) -> Tensor:
+def _weight(coef: float, gate: Tensor | None, scale: float | Tensor, bootstrap: Tensor) -> Tensor:
     gates = torch.ones_like(bootstrap, dtype=torch.float32) if gate is None else gate.float()
     return coef / scale * gates
-
-
-def _affine(rows: _Rows, offset: Tensor, weight: Tensor | None, moments: Moments) -> Moments:
-    """Moments of offset + weight * x; zeros in rows without tokens, whatever their weight."""
-    if weight is None:
-        return Moments(offset, torch.zeros_like(offset))
-    mean, m2 = offset + weight * moments.mean, weight.square() * moments.m2
-    return Moments(torch.where(rows.filled, mean, 0), torch.where(rows.filled, m2, 0))
-
-
-def _write_table(counts: dict[str, Tensor], moments: dict[str, Moments], table: Tensor) -> None:
-    columns = [counts[name] for name in COUNTS]
-    for name in QUANTITIES:
-        columns += [moments[name].mean, moments[name].m2]
-    table.zero_()
-    table[:, : len(columns)] = torch.stack([column.float() for column in columns], 1)
