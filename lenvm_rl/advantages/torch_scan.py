@@ -249,7 +249,7 @@ class _Rows:
         self.dtype = steps.dtype
         # where the ones come first, the last column tells full rows, and nothing else need be read
         full = right_padded and self.looks and bool(mask[:, -1].all())
-        self.tokens = torch.full(mask.shape[:1], T) if full else mask.sum(1)
+        self.tokens = torch.full(mask.shape[:1], T, device=mask.device) if full else mask.sum(1)
         self.filled = self.tokens > 0
         self.last = (self.tokens - 1).clamp(min=0)[:, None]
         self.scanned, self.sums = scratch[1], scratch[2]

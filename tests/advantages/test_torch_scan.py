@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lenvm_rl.advantages import TaskSignal, compute_advantages, length_advantages, torch_scan
+from lenvm_rl.advantages import TaskSignal, length_advantages, torch_scan
 from lenvm_rl.advantages.types import empty_advantages
 
 
