@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from lenvm_rl.credit import LengthCredit
     from lenvm_rl.critic import LengthCritic
     from lenvm_rl.length import gamma_from_horizon, logit_to_remaining, remaining_to_value, value_to_remaining
+    from lenvm_rl.merging import merge_update
     from lenvm_rl.model import LengthValueConfig, LengthValueModel
     from lenvm_rl.pretraining.trainer import LengthValueTrainer
+    from lenvm_rl.trainers.drpo import DRPOConfig, DRPOTrainer
     from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Advantages": "advantages",
+    "DRPOConfig": "trainers.drpo",
+    "DRPOTrainer": "trainers.drpo",
     "LenVMGRPOConfig": "trainers.grpo",
     "LenVMGRPOTrainer": "trainers.grpo",
     "LengthCredit": "credit",
@@ -32,12 +36,15 @@ _HOME = {
     "gamma_from_horizon": "length",
     "length_advantages": "advantages",
     "logit_to_remaining": "length",
+    "merge_update": "merging",
     "remaining_to_value": "length",
     "value_to_remaining": "length",
 }
 
 __all__ = [
     "Advantages",
+    "DRPOConfig",
+    "DRPOTrainer",
     "LenVMGRPOConfig",
     "LenVMGRPOTrainer",
     "LengthCredit",
@@ -51,6 +58,7 @@ __all__ = [
     "gamma_from_horizon",
     "length_advantages",
     "logit_to_remaining",
+    "merge_update",
     "remaining_to_value",
     "value_to_remaining",
 ]

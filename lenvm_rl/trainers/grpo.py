@@ -4,109 +4,41 @@
    advantages (B, T). TRL's loss takes either, and carries, shuffles and splits them with the batch (TRL 1.16).
 2. Generation, vLLM, reference model, PEFT, logging, checkpoints and the loss types stay TRL's.
 3. With ``length_coef=0`` the run is the one that `trl.GRPOTrainer` gives, bit for bit; a critic then only measures.
+4. The same seam normalises as DLER does (`normalization.py`) and refills groups without a signal (`group_sampling.py`).
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.integrations import deepspeed as hf_deepspeed
-from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.advantages import compute_advantages
-from lenvm_rl.advantages.compute import BACKEND_NAMES
 from lenvm_rl.assets import model_path
-from lenvm_rl.credit import LengthCredit, gated_std, rescaled
+from lenvm_rl.credit import gated_std, rescaled
 from lenvm_rl.critic import Calibration, LengthCritic
 from lenvm_rl.length import check_gamma
 from lenvm_rl.model import LengthValueConfig, LengthValueModel
 from lenvm_rl.tokenizer_fingerprint import check_same_tokenizer
 from lenvm_rl.trainers.finite_rewards import guard
+from lenvm_rl.trainers.group_sampling import PromptStream, Rollouts, refilled, signal_groups, unlogged
+from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig, check_limits
+from lenvm_rl.trainers.length_metrics import completion_metrics, report_of
+from lenvm_rl.trainers.normalization import (
+    combined_rewards,
+    group_centred_batch_std,
+    group_centred_token_std,
+    trl_advantages,
+)
+from lenvm_rl.trainers.resume import ResumableGRPOTrainer, Stateful
 
-EXPLAINED_VARIANCE_FLOOR = 0.3
-"""Below this, on the first rollouts, the critic is reported as one that does not know this policy."""
-
-
-@dataclass
-class LenVMGRPOConfig(GRPOConfig):
-    """`trl.GRPOConfig` and the settings of the length signal.
-
-    Raises:
-        ValueError: a setting outside its range, or one under which TRL's loss averages token advantages away.
-    """
-
-    length_critic: str | None = None
-    """Folder or hub name of the pretrained Length Value Model. None trains without length credit."""
-
-    length_gamma: float | None = None
-    """Discount of the critic. None takes the one stored with it; official checkpoints store none and require it."""
-
-    length_coef: float = 1.0
-    """Weight s of the length advantage (LenVM eq. 27). Positive shortens, negative lengthens, 0 is plain GRPO."""
-
-    length_lambda: float = 1.0
-    """lambda of the length advantage, in [0, 1]: 1 is return minus value, 0 the one-step residual (LenVM eq. 24)."""
-
-    length_gate: str = "correct"
-    """Completions that feel the length signal: "correct", "all", or "solve_rate" (correct, times the share of the group
-    that is correct). The two that depend on the outcome make the critic a biased baseline of what they gate."""
-
-    length_gate_reward: str | None = None
-    """Name of the reward function that says what is correct. None is the first one."""
-
-    length_gate_threshold: float = 1.0
-    """Reward from which a completion counts as correct."""
-
-    length_scale: str = "none"
-    """"none", or "std": divide the length advantage by its standard deviation over the gated tokens of the batch."""
-
-    length_token_budget: int = 16_384
-    """Tokens of one critic forward, padding included. Lower it when the critic runs out of memory."""
-
-    advantage_backend: str = "auto"
-    """Implementation of the advantage computation: "auto" (the CUDA kernel where it runs, else "torch"), "torch",
-    "triton", or "reference" (a slow float64 loop)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.length_credit()
-        if self.length_gamma is not None:
-            check_gamma(self.length_gamma, "length_gamma")
-        if self.length_token_budget < 1:
-            raise ValueError(f"length_token_budget must be at least 1, got {self.length_token_budget}.")
-        if self.advantage_backend not in BACKEND_NAMES:
-            raise ValueError(
-                f"advantage_backend must be one of {', '.join(BACKEND_NAMES)}, got {self.advantage_backend!r}."
-            )
-        if self.length_coef == 0:
-            return
-        if self.loss_type == "luspo":
-            raise ValueError(
-                "loss_type='luspo' is made for one ratio per completion, which averages token advantages away. Take "
-                "another loss_type, 'dapo' for example, or length_coef=0."
-            )
-        if self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo"):
-            raise ValueError(
-                f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} takes one ratio per "
-                "completion, which averages token advantages back to one number: no token would learn that it wasted "
-                "the budget. Set importance_sampling_level='token', or length_coef=0."
-            )
-
-    def length_credit(self) -> LengthCredit:
-        return LengthCredit(
-            coef=self.length_coef,
-            lam=self.length_lambda,
-            gate=self.length_gate,  # type: ignore[arg-type]
-            threshold=self.length_gate_threshold,
-            scale=self.length_scale,  # type: ignore[arg-type]
-        )
+__all__ = ["LenVMGRPOConfig", "LenVMGRPOTrainer"]
 
 
-class LenVMGRPOTrainer(GRPOTrainer):
+class LenVMGRPOTrainer(ResumableGRPOTrainer):
     """`trl.GRPOTrainer` whose advantages also say which tokens wasted the budget.
 
     Args:
@@ -115,23 +47,33 @@ class LenVMGRPOTrainer(GRPOTrainer):
 
     Raises:
         ValueError: a critic of another tokenizer, a gamma that contradicts the critic's, no critic although
-            ``length_coef`` is not 0, an unknown ``length_gate_reward``; during training a reward or a critic value that
-            is not finite.
+            ``length_coef`` is not 0, an unknown ``length_gate_reward``, a reward whose ``limit`` no completion can
+            exceed, dynamic sampling from a stream of unknown length; during training a reward or a critic value that is
+            not finite.
 
     Logs, besides TRL's metrics (tokens count the policy's own tokens, EOS included): ``length/coef``,
     ``length/gate_rate``, ``length/correct_rate``, ``length/correct_tokens``, ``length/wrong_tokens``,
     ``length/tokens_per_correct``; with a critic also ``length/advantage_std`` (gated tokens),
     ``length/predicted_tokens`` and ``length/true_tokens`` (at the prompt, finished completions),
-    ``length/explained_variance`` and ``length/relative_error``.
+    ``length/explained_variance`` and ``length/relative_error``. With dynamic sampling also ``sampling/rounds`` (of
+    generation, the first included), ``sampling/kept_groups`` (of the batch, with a signal) and
+    ``sampling/unfilled_groups`` (without); what describes the critic and the advantages is then of the batch that is
+    trained on, all else and the table of completions of the first round, whose prompts nobody selected.
+
+    Guaranteed of a resumed run: what `resume.py` says; with dynamic sampling, the further prompts go on as well. Reward
+    functions with a state see all rounds, the completions that are dropped included.
     """
 
     _tag_names = ["trl", "grpo", "lenvm"]  # noqa: RUF012 (TRL's own declaration)
     _name = "LenVM-GRPO"
 
     args: LenVMGRPOConfig
+    train_dataset: Any
+    _logs: dict[str, Any]
     model: Any  # never None once the trainer is built
     num_generations: int
     num_generations_eval: int
+    max_completion_length: int
 
     def __init__(
         self,
@@ -154,6 +96,8 @@ class LenVMGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.credit = self.args.length_credit()
         self._gate_column = self._find_gate_reward()
+        check_limits(self.reward_funcs, self.max_completion_length)
+        self.refill_prompts = self._prepare_refill() if self.args.dynamic_sampling else None
         self.length_critic = self._prepare_critic(length_critic)
         self._critic_reported = False
 
@@ -166,6 +110,18 @@ class LenVMGRPOTrainer(GRPOTrainer):
                 f"length_gate_reward={name!r} is not one of the reward functions: {', '.join(self.reward_func_names)}."
             )
         return self.reward_func_names.index(name)
+
+    def _prepare_refill(self) -> PromptStream:
+        if not isinstance(self.train_dataset, Sized):
+            raise ValueError(
+                "dynamic_sampling draws further prompts from the whole dataset, but train_dataset is a stream without "
+                "a length: load it without streaming=True, or set dynamic_sampling=False."
+            )
+        return PromptStream(len(self.train_dataset), self.args.seed)
+
+    def stateful_parts(self) -> dict[str, Stateful]:
+        refill = {} if self.refill_prompts is None else {"refill_prompts": self.refill_prompts}
+        return super().stateful_parts() | refill
 
     def _prepare_critic(self, model: LengthValueModel | None) -> LengthCritic | None:
         path = self.args.length_critic
@@ -210,46 +166,125 @@ class LenVMGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        # (world * B, functions), gathered. Gates are computed on whole groups, which may lie across processes.
-        groups = self.num_generations if self._mode == "train" else self.num_generations_eval
-        correctness = rewards[:, self._gate_column]
-        local = slice(
-            len(prompts) * self.accelerator.process_index, len(prompts) * (self.accelerator.process_index + 1)
-        )
-        self._correct = (correctness >= self.credit.threshold)[local]
-        self._gate = self.credit.gates(correctness, groups)[local]
-        self._generated = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
+        self._scored = rewards, torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._mode = "train" if self.model.training else "eval"
-        batch = super()._generate_and_score_completions(inputs)
-        mask = batch["completion_mask"].bool()
-        if "tool_mask" in batch:
-            mask &= batch["tool_mask"].bool()
-        metrics = self._length_metrics(mask)
+        rollouts = self._rolled_out(inputs)
+        tokens = _own_tokens(rollouts.batch).sum(1)
+        # mask_truncated_completions empties the mask of what was cut, but its tokens were generated all the same
+        tokens = torch.where(tokens == 0, rollouts.generated, tokens)
+        self._log("length/coef", self.credit.coef)
+        for name, value in completion_metrics(tokens, *self._correct_and_gate(rollouts), self._sum).items():
+            self._log(f"length/{name}", value)
+        if self.refill_prompts is not None and self._mode == "train":
+            rollouts = self._refilled(rollouts, self.refill_prompts)
+        self._normalise(rollouts)
         if self.length_critic is not None:
-            finished = self._finished(batch)
-            values, bootstrap = self.length_critic.score(
-                batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], finished
+            self._add_length_credit(self.length_critic, rollouts)
+        return rollouts.batch
+
+    def _rolled_out(self, inputs: Any) -> Rollouts:
+        """One round of TRL's generation and scoring."""
+        batch = super()._generate_and_score_completions(inputs)
+        rewards, generated = self._scored
+        return Rollouts(batch, rewards, generated, torch.ones(len(rewards), dtype=torch.bool, device=rewards.device))
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self._mode == "train" else self.num_generations_eval
+
+    def _own(self, rollouts: Rollouts) -> slice:
+        """This process's rows among those of all; groups may lie across processes, so they are judged everywhere."""
+        rows, process = len(rollouts.generated), self.accelerator.process_index
+        return slice(rows * process, rows * (process + 1))
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def _log(self, name: str, value: float) -> None:
+        self._metrics[self._mode][name].append(value)
+
+    def _correct_and_gate(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        correctness, own = rollouts.rewards[:, self._gate_column], self._own(rollouts)
+        gate = self.credit.gates(correctness, self._group_size) * rollouts.kept
+        return (correctness >= self.credit.threshold)[own], gate[own]
+
+    def _refilled(self, first: Rollouts, prompts: PromptStream) -> Rollouts:
+        """The batch after its groups without a signal were replaced, as far as the rounds reach."""
+
+        def roll_out(rows: list[int]) -> Rollouts:
+            inputs = [dict(self.train_dataset[row]) for row in rows for _ in range(self.num_generations)]
+            with unlogged(self._metrics["train"], self._logs):
+                return self._rolled_out(inputs)
+
+        rollouts, counts = refilled(
+            first,
+            roll_out,
+            self._signal,
+            prompts,
+            rounds=self.args.max_resample_rounds,
+            processes=self.accelerator.num_processes,
+            process=self.accelerator.process_index,
+            group_size=self.num_generations,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+        for name, count in counts.items():
+            self._log(f"sampling/{name}", count)
+        if rollouts is not first:
+            rollouts.batch["num_items_in_batch"] = self._sum(_own_tokens(rollouts.batch).sum())
+            # TRL normalised each round by itself
+            advantages = trl_advantages(
+                rollouts.rewards,
+                self.reward_weights,
+                self.num_generations,
+                scale_rewards=self.scale_rewards,
+                aggregation=self.multi_objective_aggregation,
             )
-            calibration = self.length_critic.calibration(values, mask, finished)
-            self._report_critic(calibration)
-            advantages, std = self._advantages(
-                self.length_critic.gamma, values, bootstrap, mask, batch["advantages"], "tool_mask" not in batch
-            )
-            if self.credit.coef != 0:
-                batch["advantages"] = advantages
-            metrics |= {
-                "advantage_std": std.item(),
-                "explained_variance": calibration.explained_variance,
-                "predicted_tokens": calibration.predicted_tokens,
-                "true_tokens": calibration.true_tokens,
-                "relative_error": calibration.relative_error,
-            }
-        for name, value in metrics.items():
-            self._metrics[self._mode][f"length/{name}"].append(value)
-        return batch
+            rollouts.batch["advantages"] = advantages[self._own(rollouts)]
+        return rollouts
+
+    def _signal(self, rollouts: Rollouts) -> Tensor:
+        correct = rollouts.rewards[:, self._gate_column] >= self.credit.threshold
+        return signal_groups(
+            rollouts.rewards,
+            self.reward_weights,
+            self.num_generations,
+            aggregation=self.multi_objective_aggregation,
+            correct=correct if self.credit.coef != 0 else None,
+        )
+
+    def _normalise(self, rollouts: Rollouts) -> None:
+        """Replace TRL's sequence advantages by the configured ones."""
+        if self.args.advantage_normalization == "trl":
+            return
+        own = self._own(rollouts)
+        rewards = combined_rewards(rollouts.rewards, self.reward_weights)
+        if self.args.advantage_normalization == "group_centred_batch_std":
+            advantages = group_centred_batch_std(rewards, self._group_size)[own]
+        else:
+            tokens = _own_tokens(rollouts.batch).sum(1)
+            advantages = group_centred_token_std(rewards, self._group_size, tokens, own=own, reduce=self._sum)
+        rollouts.batch["advantages"] = advantages
+
+    def _add_length_credit(self, critic: LengthCritic, rollouts: Rollouts) -> None:
+        """Score the rollouts, log how well the critic fits them, and let it speak where the coefficient is not 0."""
+        batch, mask, finished = rollouts.batch, _own_tokens(rollouts.batch), self._finished(rollouts.batch)
+        values, bootstrap = critic.score(
+            batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], finished
+        )
+        calibration = critic.calibration(values, mask, finished)
+        self._report_critic(calibration)
+        _, gate = self._correct_and_gate(rollouts)
+        advantages, std = self._advantages(
+            critic.gamma, values, bootstrap, mask, batch["advantages"], gate, "tool_mask" not in batch
+        )
+        if self.credit.coef != 0:
+            batch["advantages"] = advantages
+        self._log("length/advantage_std", std.item())
+        for name in ("explained_variance", "predicted_tokens", "true_tokens", "relative_error"):
+            self._log(f"length/{name}", getattr(calibration, name))
 
     def _finished(self, batch: dict[str, Any]) -> Tensor:
         """(B,) bool: the completion's last token is one of the model's end tokens."""
@@ -258,7 +293,14 @@ class LenVMGRPOTrainer(GRPOTrainer):
         return torch.isin(batch["completion_ids"].gather(1, last).squeeze(1), ends)
 
     def _advantages(
-        self, gamma: float, values: Tensor, bootstrap: Tensor, mask: Tensor, task: Tensor, right_padded: bool
+        self,
+        gamma: float,
+        values: Tensor,
+        bootstrap: Tensor,
+        mask: Tensor,
+        task: Tensor,
+        gate: Tensor,
+        right_padded: bool,
     ) -> tuple[Tensor, Tensor]:
         """Token advantages, and the standard deviation of the length part over the gated tokens of all processes."""
         advantages = compute_advantages(
@@ -269,7 +311,7 @@ class LenVMGRPOTrainer(GRPOTrainer):
             gamma=gamma,
             lam=self.credit.lam,
             coef=self.credit.coef,
-            gate=self._gate,
+            gate=gate,
             right_padded=right_padded,
             backend=self.args.advantage_backend,
         )
@@ -280,56 +322,26 @@ class LenVMGRPOTrainer(GRPOTrainer):
                 f"completion {row} of this process's batch. Its weights are damaged, or its dtype overflows: load it "
                 "in float32 or bfloat16, or pretrain it again."
             )
-        std = gated_std(advantages.stats, self._gate, self.accelerator.reduce)
+        std = gated_std(advantages.stats, gate, self._sum)
         if self.credit.scale == "std":
-            return rescaled(advantages, mask, self.credit.coef * self._gate / std), std
+            return rescaled(advantages, mask, self.credit.coef * gate / std), std
         return advantages.total, std
-
-    def _length_metrics(self, mask: Tensor) -> dict[str, float]:
-        tokens, correct = mask.sum(1), self._correct.double()
-        # mask_truncated_completions empties the mask of what was cut, but its tokens were generated all the same
-        tokens = torch.where(tokens == 0, self._generated, tokens).double()
-        sums = torch.stack(
-            [
-                torch.ones_like(tokens).sum(),
-                tokens.sum(),
-                correct.sum(),
-                (tokens * correct).sum(),
-                self._gate.double().sum(),
-            ]
-        )
-        completions, total, right, right_tokens, gate = self.accelerator.reduce(sums).tolist()
-        return {
-            "coef": self.credit.coef,
-            "gate_rate": gate / completions,
-            "correct_rate": right / completions,
-            "correct_tokens": _ratio(right_tokens, right),
-            "wrong_tokens": _ratio(total - right_tokens, completions - right),
-            "tokens_per_correct": _ratio(total, right),
-        }
 
     def _report_critic(self, calibration: Calibration) -> None:
         """On the first rollouts, say how well the critic knows this policy."""
         if self._critic_reported or calibration.completions == 0:
             return
         self._critic_reported = True
-        self.accelerator.print(
-            f"Length critic on this policy's first {calibration.completions} finished rollouts: explained variance "
-            f"{calibration.explained_variance:.3f}, predicts {calibration.predicted_tokens:.1f} tokens at the prompt "
-            f"where {calibration.true_tokens:.1f} followed (bias {calibration.bias_tokens:+.1f})."
-        )
-        # nan, when all remainders are equal, is no evidence against the critic
-        if calibration.explained_variance < EXPLAINED_VARIANCE_FLOOR and self.accelerator.is_main_process:
-            warnings.warn(
-                f"The length critic explains {calibration.explained_variance:.2f} of the variance of this policy's "
-                "lengths: it was made for another policy, other sampling settings or other prompts, and its advantages "
-                "will be mostly noise. Pretrain one on this policy's rollouts.",
-                stacklevel=2,
-            )
+        report, doubt = report_of(calibration)
+        self.accelerator.print(report)
+        if doubt is not None and self.accelerator.is_main_process:
+            warnings.warn(doubt, stacklevel=2)
 
 
-def _ratio(amount: float, count: float) -> float:
-    return amount / count if count else float("nan")  # TRL leaves nan out of its averages
+def _own_tokens(batch: dict[str, Any]) -> Tensor:
+    """(B, T) bool: the tokens of the policy, neither padding nor the output of tools."""
+    mask = batch["completion_mask"].bool()
+    return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
 
 
 @contextmanager

@@ -2,12 +2,10 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from lenvm_rl.model import LengthValueModel
-from lenvm_rl.pretraining.trainer import LengthValueTrainer
 from lenvm_rl.trainers.callbacks import StopOnInterrupt, TrainingProgress
+from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
 
 ALONE = SimpleNamespace(num_processes=1)
 
@@ -94,13 +92,9 @@ class CtrlCInStep(TrainerCallback):
 
 
 @pytest.fixture
-def trainer(critic_folder, tmp_path):
-    args = TrainingArguments(
-        str(tmp_path), use_cpu=True, max_steps=5, report_to="none", save_strategy="no", disable_tqdm=True
-    )
-    rollouts = Dataset.from_list([{"prompt_ids": [5, 6], "completion_ids": [7, 1], "finished": True}])
-    critic = LengthValueModel.from_pretrained(critic_folder)
-    trainer = LengthValueTrainer(critic, args, train_dataset=rollouts, pad_token_id=0)
+def trainer(policy_folder, tokenizer, tmp_path, tiny_run, prompts, short_is_right):
+    args = LenVMGRPOConfig(str(tmp_path), length_coef=0.0, **(tiny_run | {"max_steps": 5}))
+    trainer = LenVMGRPOTrainer(policy_folder, short_is_right, args, prompts(), processing_class=tokenizer)
     trainer.add_callback(StopOnInterrupt(trainer.accelerator))
     return trainer
 

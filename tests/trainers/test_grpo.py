@@ -4,67 +4,17 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.advantages import length_advantages
 from lenvm_rl.model import LengthValueModel
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
-
-LIMIT = 12
-OPTIONS: dict[str, Any] = {
-    "per_device_train_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": LIMIT,
-    "learning_rate": 1e-3,
-    "max_steps": 2,
-    "logging_steps": 1,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
-
-
-def short_is_right(completions: list[str], **_: Any) -> list[float]:
-    """Right if the completion has few words: some of every group, with random weights."""
-    return [float(len(completion.split()) < LIMIT - 2) for completion in completions]
-
-
-def prompts(count: int = 16) -> Dataset:
-    return Dataset.from_dict({"prompt": [f"{i} + 7 =" if i % 2 else f"{i} + 7 - 2 + 1 =" for i in range(count)]})
-
-
-@pytest.fixture
-def train(tokenizer, policy_folder, tmp_path):
-    """Train a fresh copy of the tiny policy; returns the trainer."""
-
-    def _train(trainer_class=LenVMGRPOTrainer, config_class=LenVMGRPOConfig, **options: Any):
-        arguments = {"train_dataset": prompts(), "reward_funcs": short_is_right}
-        for name in ("train_dataset", "reward_funcs", "peft_config", "eval_dataset", "rollout_func"):
-            if name in options:
-                arguments[name] = options.pop(name)
-        if "loaded_critic" in options:
-            arguments["length_critic"] = options.pop("loaded_critic")
-        trainer = trainer_class(
-            model=AutoModelForCausalLM.from_pretrained(policy_folder),
-            args=config_class(output_dir=str(tmp_path / "run"), **(OPTIONS | options)),
-            processing_class=tokenizer,
-            **arguments,
-        )
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-        return trainer
-
-    return _train
+from reward_fns import TruncationReward
 
 
 def weights(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
@@ -211,7 +161,7 @@ def test_tool_tokens_are_no_actions_but_context(train, critic_folder, tokenizer)
     ],
     ids=str,
 )
-def test_works_with_the_options_of_trl(train, critic_folder, options):
+def test_works_with_the_options_of_trl(train, critic_folder, prompts, options):
     evaluation = {"eval_dataset": prompts(4)} if "eval_steps" in options else {}
     trainer = train(length_critic=str(critic_folder), **options, **evaluation)
     assert trainer.state.global_step == 2
@@ -257,11 +207,13 @@ def test_tokens_of_masked_completions_are_counted(train, critic_folder):
         assert history(masked, name) == history(plain, name)
 
 
-def test_a_reward_function_given_by_position_is_guarded_too(tokenizer, policy_folder, tmp_path):
+def test_a_reward_function_given_by_position_is_guarded_too(
+    tokenizer, policy_folder, tmp_path, tiny_run, prompts, short_is_right
+):
     trainer = LenVMGRPOTrainer(
         str(policy_folder),
         short_is_right,
-        LenVMGRPOConfig(output_dir=str(tmp_path), length_coef=0.0, **OPTIONS),
+        LenVMGRPOConfig(output_dir=str(tmp_path), length_coef=0.0, **tiny_run),
         train_dataset=prompts(),
         processing_class=tokenizer,
     )
@@ -307,12 +259,18 @@ def test_a_critic_that_says_nan_stops_with_the_row(train, critic_folder):
         ({"length_gamma": 1.5}, r"length_gamma must lie in the open interval \(0, 1\), got 1.5"),
         ({"length_token_budget": 0}, "length_token_budget must be at least 1"),
         ({"advantage_backend": "cuda"}, "advantage_backend must be one of"),
+        ({"advantage_normalization": "dler"}, "advantage_normalization must be one of trl, group_centred_batch_std"),
+        (
+            {"advantage_normalization": "group_centred_batch_std", "multi_objective_aggregation": "normalize_then_sum"},
+            "scales each reward function by itself: choose one of the two",
+        ),
+        ({"max_resample_rounds": 0}, "max_resample_rounds must be at least 1"),
     ],
     ids=str,
 )
-def test_settings_that_cannot_work_are_refused(tmp_path, options, message):
+def test_settings_that_cannot_work_are_refused(tmp_path, tiny_run, options, message):
     with pytest.raises(ValueError, match=message):
-        LenVMGRPOConfig(output_dir=str(tmp_path), **(OPTIONS | options))
+        LenVMGRPOConfig(output_dir=str(tmp_path), **(tiny_run | options))
 
 
 def test_a_critic_is_required_unless_the_coefficient_is_zero(train):
@@ -335,6 +293,23 @@ def test_an_unknown_gate_reward_is_refused(train, critic_folder):
         ValueError, match="length_gate_reward='accuracy' is not one of the reward functions: short_is_right"
     ):
         train(length_critic=str(critic_folder), length_gate_reward="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("limit", "tokens"), [(13, 13), ({0: 12, 5: 40}, 40)], ids=["a number", "a schedule that rises"]
+)
+def test_a_limit_that_no_completion_can_exceed_is_refused(train, short_is_right, limit, tokens):
+    reward = TruncationReward(limit, eos_token_ids=1, correctness=short_is_right)
+    with pytest.raises(
+        ValueError,
+        match=f"'truncation_reward' has a limit of {tokens} tokens, but generation stops at max_completion_length=12",
+    ):
+        train(length_coef=0.0, reward_funcs=[short_is_right, reward])
+
+
+def test_a_limit_of_what_is_generated_passes(train, short_is_right):
+    reward = TruncationReward(12, eos_token_ids=1, correctness=short_is_right)
+    train(length_coef=0.0, reward_funcs=[short_is_right, reward], max_steps=1)
 
 
 def test_a_critic_of_another_tokenizer_is_refused(train, critic_folder, tmp_path):
@@ -389,7 +364,7 @@ def test_trl_loss_takes_token_advantages_and_keeps_their_credit(train, loss_type
     assert loss_and_gradients(opposed)[1].abs().max() > 1e-5
 
 
-def test_the_saved_configuration_is_json(tmp_path):
-    config = LenVMGRPOConfig(output_dir=str(tmp_path), **OPTIONS)
+def test_the_saved_configuration_is_json(tmp_path, tiny_run):
+    config = LenVMGRPOConfig(output_dir=str(tmp_path), **tiny_run)
     assert json.loads(json.dumps(config.to_dict()))["length_gate"] == "correct"
     assert Path(config.output_dir) == tmp_path

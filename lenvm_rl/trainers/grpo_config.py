@@ -1,0 +1,143 @@
+"""The settings of `LenVMGRPOTrainer`, and what of them cannot work together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from trl import GRPOConfig
+
+from lenvm_rl.advantages.compute import BACKEND_NAMES
+from lenvm_rl.credit import LengthCredit
+from lenvm_rl.length import check_gamma
+from lenvm_rl.trainers.normalization import AdvantageNormalization
+
+
+@dataclass
+class LenVMGRPOConfig(GRPOConfig):
+    """`trl.GRPOConfig` and the settings of the length signal.
+
+    Raises:
+        ValueError: a setting outside its range, or one under which TRL's loss averages token advantages away.
+    """
+
+    length_critic: str | None = None
+    """Folder or hub name of the pretrained Length Value Model. None trains without length credit."""
+
+    length_gamma: float | None = None
+    """Discount of the critic. None takes the one stored with it; official checkpoints store none and require it."""
+
+    length_coef: float = 1.0
+    """Weight s of the length advantage (LenVM eq. 27). Positive shortens, negative lengthens, 0 is plain GRPO."""
+
+    length_lambda: float = 1.0
+    """lambda of the length advantage, in [0, 1]: 1 is return minus value, 0 the one-step residual (LenVM eq. 24)."""
+
+    length_gate: str = "correct"
+    """Completions that feel the length signal: "correct", "all", or "solve_rate" (correct, times the share of the group
+    that is correct). The two that depend on the outcome make the critic a biased baseline of what they gate."""
+
+    length_gate_reward: str | None = None
+    """Name of the reward function that says what is correct. None is the first one."""
+
+    length_gate_threshold: float = 1.0
+    """Reward from which a completion counts as correct."""
+
+    length_scale: str = "none"
+    """"none", or "std": divide the length advantage by its standard deviation over the gated tokens of the batch."""
+
+    length_token_budget: int = 16_384
+    """Tokens of one critic forward, padding included. Lower it when the critic runs out of memory."""
+
+    advantage_backend: str = "auto"
+    """Implementation of the advantage computation: "auto" (the CUDA kernel where it runs, else "torch"), "torch",
+    "triton", or "reference" (a slow float64 loop)."""
+
+    advantage_normalization: str = "trl"
+    """How group-centred rewards are scaled: "trl", as `scale_rewards` says; "group_centred_batch_std", by their
+    standard deviation over the batch's completions (DLER eq. 3); "group_centred_token_std", over its tokens (DLER's
+    code)."""
+
+    dynamic_sampling: bool = False
+    """Replace groups whose completions all earned the same by groups of further prompts. With a length signal, a group
+    with a correct completion stays. Which prompts follow is seeded, and saved with checkpoints."""
+
+    max_resample_rounds: int = 4
+    """Rounds of further generation for one batch. What is then still missing is filled up with groups without a signal,
+    whose advantages are 0 and which take no part in the normalisation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.length_credit()
+        self._check_sampling()
+        if self.length_gamma is not None:
+            check_gamma(self.length_gamma, "length_gamma")
+        if self.length_token_budget < 1:
+            raise ValueError(f"length_token_budget must be at least 1, got {self.length_token_budget}.")
+        if self.advantage_backend not in BACKEND_NAMES:
+            raise ValueError(
+                f"advantage_backend must be one of {', '.join(BACKEND_NAMES)}, got {self.advantage_backend!r}."
+            )
+        if self.length_coef == 0:
+            return
+        if self.loss_type == "luspo":
+            raise ValueError(
+                "loss_type='luspo' is made for one ratio per completion, which averages token advantages away. Take "
+                "another loss_type, 'dapo' for example, or length_coef=0."
+            )
+        if self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo"):
+            raise ValueError(
+                f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} takes one ratio per "
+                "completion, which averages token advantages back to one number: no token would learn that it wasted "
+                "the budget. Set importance_sampling_level='token', or length_coef=0."
+            )
+
+    def _check_sampling(self) -> None:
+        names = get_args(AdvantageNormalization)
+        if self.advantage_normalization not in names:
+            raise ValueError(
+                f"advantage_normalization must be one of {', '.join(names)}, got {self.advantage_normalization!r}."
+            )
+        if self.advantage_normalization != "trl" and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"advantage_normalization={self.advantage_normalization!r} scales the sum of the rewards, but "
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} scales each reward function by "
+                "itself: choose one of the two."
+            )
+        if self.max_resample_rounds < 1:
+            raise ValueError(f"max_resample_rounds must be at least 1, got {self.max_resample_rounds}.")
+        assert self.steps_per_generation is not None and self.num_generations is not None  # TRL has just seen to it
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        if self.dynamic_sampling and rows % self.num_generations:
+            raise ValueError(
+                f"dynamic_sampling needs whole groups on every process, but the {rows} completions that one generates "
+                f"(per_device_train_batch_size={self.per_device_train_batch_size} times "
+                f"steps_per_generation={self.steps_per_generation}) are no multiple of "
+                f"num_generations={self.num_generations}: raise steps_per_generation or the batch size."
+            )
+
+    def length_credit(self) -> LengthCredit:
+        return LengthCredit(
+            coef=self.length_coef,
+            lam=self.length_lambda,
+            gate=self.length_gate,  # type: ignore[arg-type]
+            threshold=self.length_gate_threshold,
+            scale=self.length_scale,  # type: ignore[arg-type]
+        )
+
+
+def check_limits(reward_funcs: list[Any], max_completion_length: int) -> None:
+    """Refuse a truncation limit beyond the length at which generation stops.
+
+    Raises:
+        ValueError: a reward function whose ``limit`` (a number, or a schedule of them) no completion can exceed.
+    """
+    for reward in reward_funcs:
+        limit = getattr(getattr(reward, "reward_func", reward), "limit", None)
+        limits = list(limit.values()) if isinstance(limit, Mapping) else [limit]
+        for tokens in limits:
+            if isinstance(tokens, int) and tokens > max_completion_length:
+                raise ValueError(
+                    f"The reward function '{reward.__name__}' has a limit of {tokens} tokens, but generation stops at "
+                    f"max_completion_length={max_completion_length}: no completion can exceed the limit. Raise "
+                    "max_completion_length, or lower the limit."
+                )

@@ -1,0 +1,57 @@
+"""What is said of the lengths of a batch of rollouts, over all processes, and of the critic that predicts them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lenvm_rl.critic import Calibration
+
+EXPLAINED_VARIANCE_FLOOR = 0.3
+"""Below this, on the first rollouts, the critic is reported as one that does not know this policy."""
+
+
+def completion_metrics(
+    tokens: Tensor, correct: Tensor, gate: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> dict[str, float]:
+    """How many completions are correct and feel the length signal, and what the correct ones cost.
+
+    Args:
+        tokens: (B,) the policy's own tokens of each completion.
+        correct: (B,) bool.
+        gate: (B,) in [0, 1].
+        reduce: adds up a tensor over processes.
+    """
+    tokens, right = tokens.double(), correct.double()
+    sums = torch.stack(
+        [torch.ones_like(tokens).sum(), tokens.sum(), right.sum(), (tokens * right).sum(), gate.double().sum()]
+    )
+    completions, total, solved, solved_tokens, gates = reduce(sums).tolist()
+    return {
+        "gate_rate": gates / completions,
+        "correct_rate": solved / completions,
+        "correct_tokens": _ratio(solved_tokens, solved),
+        "wrong_tokens": _ratio(total - solved_tokens, completions - solved),
+        "tokens_per_correct": _ratio(total, solved),
+    }
+
+
+def report_of(calibration: Calibration) -> tuple[str, str | None]:
+    """How well the critic knows this policy, in a sentence; and a second one if it does not."""
+    report = (
+        f"Length critic on this policy's first {calibration.completions} finished rollouts: explained variance "
+        f"{calibration.explained_variance:.3f}, predicts {calibration.predicted_tokens:.1f} tokens at the prompt "
+        f"where {calibration.true_tokens:.1f} followed (bias {calibration.bias_tokens:+.1f})."
+    )
+    # nan, when all remainders are equal, is no evidence against the critic
+    if not calibration.explained_variance < EXPLAINED_VARIANCE_FLOOR:
+        return report, None
+    return report, (
+        f"The length critic explains {calibration.explained_variance:.2f} of the variance of this policy's "
+        "lengths: it was made for another policy, other sampling settings or other prompts, and its advantages "
+        "will be mostly noise. Pretrain one on this policy's rollouts."
+    )
+
+
+def _ratio(amount: float, count: float) -> float:
+    return amount / count if count else float("nan")  # TRL leaves nan out of its averages
