@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast lint typecheck bench smollm2 assets clean
+.PHONY: help setup demo test test-fast lint typecheck bench compare smollm2 assets clean
 
 help: ## Show this help
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,9 +44,11 @@ lint: setup ## Check style and formatting
 typecheck: setup ## Check types
 	$(BIN)/mypy
 
-bench: setup ## Compare step time and training results with plain GRPO; tables go to docs/
+bench: setup ## Compare the step time with plain GRPO's; the table goes to docs/
 	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/compare_grpo.py
+
+compare: setup ## LenVM beside DLER, HAPO and plain GRPO, five seeds each: table and figure in outputs/compare (hours)
+	$(BIN)/python recipes/compare.py lenvm dler hapo grpo --seeds 5
 
 smollm2: setup ## Build SmolLM2-135M-Instruct, pretrain a LenVM on its rollouts, take a few LenVM-GRPO steps
 	$(BIN)/python recipes/smollm2.py

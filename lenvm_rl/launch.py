@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(USER_ERROR)
 
 
-def parse(parser: ArgumentParser, default_config: Path) -> tuple[Any, ...]:
+def parse(parser: ArgumentParser, default_config: Path, flags: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Flags over the YAML of ``--config``, over ``default_config`` where there is none, over this machine's defaults.
 
     Args:
         parser: a `trl.TrlParser`.
         default_config: what the recipe runs without arguments.
+        flags: those of the command line by default.
 
     Raises:
         OSError: no such config file.
@@ -54,8 +55,9 @@ def parse(parser: ArgumentParser, default_config: Path) -> tuple[Any, ...]:
         # TRL trains in bf16 on an accelerator unless told otherwise, and refuses to start without one
         parser.set_defaults(use_cpu=True, bf16=False, dataloader_pin_memory=False)
         _avoid_compiled_collectives()
+    flags = sys.argv[1:] if flags is None else flags
     # TRL knows no --config=FILE (1.16)
-    arguments = [part for a in sys.argv[1:] for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    arguments = [part for a in flags for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" not in arguments:
         arguments = ["--config", str(default_config), *arguments]
     elif arguments[-1] == "--config":

@@ -63,30 +63,34 @@ def write_results(
     scores: Mapping[str, Score | None],
     log_history: list[dict[str, Any]],
     summary: dict[str, Any],
+    method: str | None = None,
 ) -> None:
     """Model card, training curves and ``summary.json`` of a run, into its folder.
 
     Args:
         output: the folder, with the trained policy in it.
-        policy, critic, task: names of what was trained, with what (None: plain GRPO) and on what.
+        policy, critic, task: names of what was trained, with what (None: no length critic) and on what.
         scores: evaluations, before and after; None where there was none.
         log_history: of the trainer's state.
         summary: what else ``summary.json`` shall say; ``steps`` is required.
+        method: what it was trained with; LenVM-GRPO by default, or GRPO without a critic.
     """
+    method = method or ("LenVM-GRPO" if critic else "GRPO")
     done = {name: score for name, score in scores.items() if score is not None}
-    card = model_card(output.name, policy=policy, critic=critic, task=task, scores=done, steps=summary["steps"])
+    card = model_card(
+        output.name, policy=policy, critic=critic, method=method, task=task, scores=done, steps=summary["steps"]
+    )
     (output / "README.md").write_text(card)
-    method = "LenVM-GRPO" if critic else "GRPO"
     plot_training_curves(log_history, output / "curves.png", title=f"{method} on {task}")
     results = {name: score.to_dict() if score else None for name, score in scores.items()}
     write_json(output / "summary.json", {**results, **summary, "curve": training_curve(log_history)})
 
 
 def model_card(
-    name: str, *, policy: str, critic: str | None, task: str, scores: Mapping[str, Score], steps: int
+    name: str, *, policy: str, critic: str | None, method: str, task: str, scores: Mapping[str, Score], steps: int
 ) -> str:
     """Markdown that says what a trained policy is, how it was made and what it achieves."""
-    method = f"LenVM-GRPO with the length critic `{critic}`" if critic else "GRPO"
+    method = f"{method} with the length critic `{critic}`" if critic else method
     rows = [
         f"| {label} | {score.accuracy:.1%} ({score.accuracy_low:.1%} to {score.accuracy_high:.1%}) "
         f"| {score.completion_tokens:.1f} | {score.problems:,} |"
