@@ -7,6 +7,7 @@ The conventions (states, bootstrap, holes, signs) are those of `docs` and of Len
 from lenvm_rl.advantages.compute import compute_advantages, gae, length_advantages
 from lenvm_rl.advantages.statistics import Pooled, explained_variance, pooled
 from lenvm_rl.advantages.types import Advantages, Moments, RowStats, TaskSignal
+from lenvm_rl.advantages.whitening import whiten
 
 __all__ = [
     "Advantages",
@@ -19,4 +20,5 @@ __all__ = [
     "gae",
     "length_advantages",
     "pooled",
+    "whiten",
 ]

@@ -130,7 +130,7 @@ class Advantages:
 def empty_advantages(values: Tensor, *, token_task: bool) -> Advantages:
     """Buffers for a batch of the shape (B, T) and on the device of `values`.
 
-    Rows start 16-byte aligned on a GPU, whatever T: a kernel then stores 128 bits at a time.
+    Rows start 16-byte aligned on a GPU, whatever T. Where T is a multiple of 4, a kernel stores 128 bits at a time.
     """
     B, T = values.shape
     width = T + -T % 4 if values.is_cuda else T
