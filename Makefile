@@ -44,8 +44,9 @@ lint: setup ## Check style and formatting
 typecheck: setup ## Check types
 	$(BIN)/mypy
 
-bench: setup ## Compare the step time with plain GRPO's; the table goes to docs/
+bench: setup ## Measure the step time beside plain GRPO's, and the advantages beside loops
 	$(BIN)/python benchmarks/step_time.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/advantages.py --json docs/data/advantages.json --figure docs/figures/advantages.png
 
 compare: setup ## LenVM beside DLER, HAPO and plain GRPO, five seeds each: table and figure in outputs/compare (hours)
 	$(BIN)/python recipes/compare.py lenvm dler hapo grpo --seeds 5

@@ -308,7 +308,7 @@ def markdown(result: dict[str, Any]) -> str:
             cells = []
             for shape in times.values():
                 ms, loop, copy = (shape[n]["cpu_ms"] for n in (name, baseline, names[0]))
-                cells.append(f"{ms:.3g} ms ({loop / ms:.3g}, {ms / copy:.2g})")
+                cells.append(f"{ms:.3g} ms ({_short(loop / ms)}, {_short(ms / copy)})")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| 16 x 4096 | operations | bytes per token |", "|---|---|---|"]
     for name, row in result["traffic"].items():
@@ -320,9 +320,13 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _short(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Times as multiples of the copy, one panel for each job."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True)
     for axis, (job, times) in zip(axes, result["times"].items(), strict=True):
         names = list(next(iter(times.values())))
         for name in names[1:]:
@@ -333,7 +337,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_title(job)
         axis.set_xlabel("completions x tokens")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     axes[0].set_ylabel("CPU time / copy of the same bytes")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
