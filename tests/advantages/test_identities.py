@@ -104,10 +104,12 @@ def test_deleting_holes_changes_nothing(backend, tokens, seed, gamma, lam, densi
     with_holes = compute_advantages(values, bootstrap, mask, task, **given)
     packed = compute_advantages(values[:, where], bootstrap, mask[:, where], packed_task, **given)
     for name in ("total", "length", "task", "returns", "task_returns"):
-        assert_close(getattr(with_holes, name)[:, where], getattr(packed, name), atol=1e-6, rtol=1e-6)
+        expected = getattr(packed, name)
+        largest = 0.0 if name in ("length", "returns") else expected.abs().max().item()
+        close(getattr(with_holes, name)[:, where], expected, atol=1e-5 * (1 + largest) if largest else 2e-6)
         assert (getattr(with_holes, name)[~mask] == 0).all()
     assert torch.equal(with_holes.stats.tokens, packed.stats.tokens)
-    assert_close(with_holes.stats.total.m2, packed.stats.total.m2)
+    assert_close(with_holes.stats.total.m2, packed.stats.total.m2, atol=1e-4, rtol=1e-4)
 
 
 @both_backends
@@ -120,7 +122,7 @@ def test_padding_on_either_side_changes_nothing(backend, lengths, seed, gamma, l
         torch.nn.functional.pad(x, (left, right), value=fill) for x, fill in ((values, float("inf")), (mask, False))
     ]
     padded = length_advantages(wide[0], bootstrap, wide[1], gamma=gamma, lam=lam, backend=backend)
-    close(padded[:, left : left + mask.shape[1]], plain, atol=3e-7)
+    close(padded[:, left : left + mask.shape[1]], plain)
     assert (padded[:, :left] == 0).all() and (padded[:, left + mask.shape[1] :] == 0).all()
 
 
@@ -132,7 +134,7 @@ def test_the_order_of_the_batch_does_not_matter(backend, lengths, seed, gamma, l
     order = torch.randperm(len(lengths), generator=rng)
     one = length_advantages(values, bootstrap, mask, gamma=gamma, lam=lam, backend=backend)
     other = length_advantages(values[order], bootstrap[order], mask[order], gamma=gamma, lam=lam, backend=backend)
-    close(other, one[order], atol=1e-7)
+    close(other, one[order])
 
 
 @both_backends
