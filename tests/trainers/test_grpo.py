@@ -180,8 +180,8 @@ def test_works_with_lora(train, critic_folder):
     assert any("lora_B" in name and weight.any() for name, weight in weights(trainer).items())
 
 
-def test_conversational_prompts(train, critic_folder, tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+def test_conversational_prompts(train, critic_folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }} {% endfor %}")
     dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{i} + 7 ="}] for i in range(16)]})
 
     def reward(completions, **_):
