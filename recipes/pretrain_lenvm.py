@@ -1,36 +1,41 @@
-"""Pretrain a Length Value Model on the rollouts of a policy, without labels.
+"""Pretrain a Length Value Model on the rollouts of a policy, without labels, and report how good it is.
 
 The critic of the embedded policy, as it ships:
 
     accelerate launch recipes/pretrain_lenvm.py
 
-The critic of your own policy (--lenvm may name a smaller model with the same tokenizer):
+The critic of your own policy (--lenvm may name a smaller model with the same tokenizer, or a LenVM to go on with):
 
     accelerate launch recipes/pretrain_lenvm.py --generator Qwen/Qwen2.5-1.5B-Instruct \\
         --lenvm Qwen/Qwen2.5-0.5B-Instruct --task train.jsonl --conversational \\
         --max_new_tokens 2048 --learning_rate 2e-5 --output_dir outputs/my_lenvm
 
-Samples completions, chooses gamma from their lengths, trains, and prints how good the critic is on prompts it has not
-seen. Every flag of transformers' TrainingArguments works. With --rollouts_dir the completions are kept, and the same
-command continues a run that was stopped. Several processes may sample, with --sample_only; then one trains:
+Samples completions, chooses gamma from their lengths, trains, and leaves a page about the critic in output_dir/report.
+Every flag of transformers' TrainingArguments works, and those of `LengthValueTrainingArguments`: --lora_rank 16,
+--frozen_backbone, --loss bce, ... With --rollouts_dir the completions are kept, and the same command continues a run
+that was stopped; several processes, which share them through it, sample and train together:
 
-    accelerate launch --num_processes 8 recipes/pretrain_lenvm.py ... --rollouts_dir outputs/rollouts --sample_only
+    accelerate launch --num_processes 8 recipes/pretrain_lenvm.py ... --rollouts_dir outputs/rollouts
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer
 from trl import TrlParser
 
 from lenvm_rl.assets import model_path
 from lenvm_rl.evaluation.ceiling import explained_variance_ceiling
-from lenvm_rl.launch import check_model, one_process, parse, run
+from lenvm_rl.evaluation.length_report import summary, write_length_report
+from lenvm_rl.evaluation.length_values import evaluate_lenvm
+from lenvm_rl.evaluation.report import write_json
+from lenvm_rl.launch import check_model, parse, run
 from lenvm_rl.length import check_gamma
-from lenvm_rl.model import LengthValueModel
+from lenvm_rl.model import LengthValueConfig, LengthValueModel
+from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments
+from lenvm_rl.pretraining.data import check_backbone_tokenizer, completion_lengths
 from lenvm_rl.pretraining.generators import TransformersGenerator, create_generator
 from lenvm_rl.pretraining.rollouts import choose_gamma, describe_gamma, sample_rollouts
 from lenvm_rl.pretraining.trainer import LengthValueTrainer
@@ -84,12 +89,12 @@ class PretrainArguments:
 
 
 def main() -> None:
-    parser = TrlParser([PretrainArguments, TrainingArguments])  # type: ignore[list-item]
+    parser = TrlParser([PretrainArguments, LengthValueTrainingArguments])  # type: ignore[list-item]
     script, args = parse(parser, Path(__file__).parent / "configs" / "embedded_lenvm.yaml")
     if script.sample_only and script.rollouts_dir is None:
         raise ValueError("sample_only keeps nothing without a folder: add --rollouts_dir.")
-    if not script.sample_only:
-        one_process("pretrain_lenvm.py trains")
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs are visible to one process: use accelerate launch --num_processes.")
     if script.length_gamma is not None:
         check_gamma(script.length_gamma, "length_gamma")
     generator_path = check_model(model_path(script.generator), "generator")
@@ -104,65 +109,76 @@ def main() -> None:
         seed=args.seed + 1,  # where problems are generated, not those that RL trains on
     )
     tokenizer = AutoTokenizer.from_pretrained(generator_path)
+    if lenvm_path != generator_path:
+        check_backbone_tokenizer(tokenizer, AutoTokenizer.from_pretrained(lenvm_path))
+    name = script.generator_name or script.generator
     generator = create_generator(
         script.backend,
         generator_path,
         tokenizer,
-        name=script.generator_name or script.generator,
+        name=name,
         batch_size=script.sampling_batch_size,
         device=args.device,
         server_url=script.server_url,
     )
-    model = generator.model if isinstance(generator, TransformersGenerator) else None
+    policy = generator.model if isinstance(generator, TransformersGenerator) else None
     sample = partial(
         sample_rollouts, generator, tokenizer, settings=settings, seed=args.seed, accelerator=PartialState()
     )
     folders = [f"{script.rollouts_dir}/{part}" if script.rollouts_dir else None for part in ("train", "held_out")]
     train = sample(task.train["prompt"], completions_per_prompt=script.completions_per_prompt, folder=folders[0])
     held_out = sample(task.held_out["prompt"], completions_per_prompt=4, folder=folders[1])
-    gamma = choose_gamma(train, settings.max_new_tokens, override=script.length_gamma)
+    if isinstance(AutoConfig.from_pretrained(lenvm_path), LengthValueConfig):
+        critic = LengthValueModel.from_pretrained(lenvm_path, gamma=script.length_gamma, dtype="float32")
+    else:
+        critic = LengthValueModel.from_backbone(
+            lenvm_path,
+            choose_gamma(train, settings.max_new_tokens, override=script.length_gamma),
+            tokenizer=tokenizer,
+            generator=name,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_tokens=settings.max_new_tokens,
+            dtype="float32",
+        )
+    gamma = check_gamma(critic.config.gamma)
     PartialState().print(describe_gamma(gamma))
     if script.sample_only:
         return
-    critic = LengthValueModel.from_backbone(
-        lenvm_path,
-        gamma,
-        tokenizer=tokenizer,
-        generator=script.generator_name or script.generator,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_tokens=settings.max_new_tokens,
-        dtype="float32",
-    )
+
     trainer = LengthValueTrainer(
         critic, args, train_dataset=train, eval_dataset=held_out, pad_token_id=tokenizer.pad_token_id or 0
     )
-    if model is not None:
-        model.to("cpu")  # its memory is for the critic's optimizer now
+    if policy is not None:
+        policy.to("cpu")  # its memory is for the critic's optimizer now
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    scores = trainer.evaluate()
-    metrics = {
-        "gamma": gamma,
-        "rollouts": len(train),
-        "cut": 1 - sum(train["finished"]) / len(train),
-        "mean_squared_error": scores["eval_loss"],
-        "explained_variance": scores["eval_explained_variance"],
-    }
-    if script.ceiling_states and model is not None:
-        metrics["explained_variance_ceiling"] = explained_variance_ceiling(
-            model.to(args.device),
-            tokenizer,
-            held_out,
-            settings,
-            gamma,
-            states=script.ceiling_states,
-            batch_size=script.sampling_batch_size,
-            seed=args.seed,
-        )
     trainer.save_model()
+    if args.process_index != 0:
+        return
     tokenizer.save_pretrained(args.output_dir)
-    (Path(args.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(json.dumps(metrics, indent=2))
+
+    saved = LengthValueModel.from_pretrained(args.output_dir).to(args.device)  # what others will load
+    policy = policy if policy is None else policy.to(args.device)
+    evaluation = evaluate_lenvm(saved, held_out, fit_on=train, policy=policy, seed=args.seed)
+    ceiling = None
+    if script.ceiling_states and policy is not None:
+        sampling = {"states": script.ceiling_states, "batch_size": script.sampling_batch_size, "seed": args.seed}
+        ceiling = explained_variance_ceiling(policy, tokenizer, held_out, settings, gamma, **sampling)
+    facts = {
+        "generator": name,
+        "task": script.task,
+        "trained on": f"{len(train):,} completions of {script.prompts:,} prompts, {args.num_train_epochs:g} epochs",
+        "sampling": f"temperature {script.temperature:g}, top-p {script.top_p:g}, {script.max_new_tokens} tokens",
+    }
+    title = f"Length critic of {name}"
+    report = Path(args.output_dir) / "report"
+    page = write_length_report(evaluation, report, title=title, tokenizer=tokenizer, facts=facts, ceiling=ceiling)
+    _, finished = completion_lengths(train)
+    metrics = {**evaluation.to_dict(), "rollouts": len(train), "cut": float((~finished).mean())}
+    if ceiling is not None:
+        metrics["explained_variance_ceiling"] = ceiling
+    write_json(Path(args.output_dir) / "metrics.json", metrics)
+    print(summary(evaluation, ceiling), f"The whole page: {page}", sep="\n")
 
 
 if __name__ == "__main__":

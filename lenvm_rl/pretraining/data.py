@@ -6,6 +6,7 @@ that was cut, whose own value stands in for the tail. So a row has a label 0 if 
 A row without a completion has no label at all.
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 NO_TARGET = -100
 COLUMNS = ("prompt_ids", "completion_ids", "finished")
@@ -27,23 +29,35 @@ class LengthValueCollator:
     """Pads rollouts on the right, to ``input_ids`` and ``labels``, both (B, S).
 
     A causal model never sees what is to its right, so the rows need no attention mask.
+
+    Args:
+        pad_token_id: fills the rows.
+        official: label cut completions as if they had ended.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, *, official: bool = False) -> None:
+        self.pad_token_id, self.official = pad_token_id, official
 
     def __call__(self, rollouts: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         width = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rollouts)
-        input_ids = torch.full((len(rollouts), width), self.pad_token_id)
-        labels = torch.full((len(rollouts), width), NO_TARGET)
+        input_ids = np.full((len(rollouts), width), self.pad_token_id, dtype=np.int64)
+        labels = np.full((len(rollouts), width), NO_TARGET, dtype=np.int64)
         for i, row in enumerate(rollouts):
-            prompt, completion = row["prompt_ids"], row["completion_ids"]
-            end = len(prompt) + len(completion)
-            input_ids[i, :end] = torch.tensor([*prompt, *completion])
-            labels[i, len(prompt) - 1 : end] = torch.arange(len(completion), -1, -1)
-            if not row["finished"] or not completion:
-                labels[i, end - 1] = NO_TARGET
-        return {"input_ids": input_ids, "labels": labels}
+            own = state_labels(row, official=self.official)
+            input_ids[i, : len(own)] = np.concatenate([row["prompt_ids"], row["completion_ids"]])
+            labels[i, : len(own)] = own
+        return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+
+
+def state_labels(rollout: dict[str, Any], *, official: bool = False) -> np.ndarray:
+    """(P + T,) labels of one rollout; ``official`` labels a cut one as if it had ended."""
+    prompt, completion = len(rollout["prompt_ids"]), len(rollout["completion_ids"])
+    labels = np.full(prompt + completion, NO_TARGET, dtype=np.int64)
+    if completion:
+        labels[prompt - 1 :] = np.arange(completion, -1, -1)
+        if not (rollout["finished"] or official):
+            labels[-1] = NO_TARGET
+    return labels
 
 
 def check_rollouts(rollouts: Dataset, vocab_size: int) -> Dataset:
@@ -97,6 +111,30 @@ def check_rollouts(rollouts: Dataset, vocab_size: int) -> Dataset:
     return rollouts.select(rows)
 
 
+def check_backbone_tokenizer(generator: PreTrainedTokenizerBase, backbone: PreTrainedTokenizerBase) -> None:
+    """Refuse a backbone that reads other tokens than the generator writes.
+
+    A few tokens that the backbone lacks, such as those of a chat template, are let pass with a warning.
+
+    Raises:
+        ValueError: more than 1 % of the generator's tokens have other ids in the backbone's tokenizer.
+    """
+    written, read = generator.get_vocab(), backbone.get_vocab()
+    differ = [token for token, number in written.items() if read.get(token) != number]
+    if len(differ) > 0.01 * len(written):
+        raise ValueError(
+            f"{len(differ):,} of the {len(written):,} tokens of {generator.name_or_path!r} have other ids in the "
+            f"tokenizer of {backbone.name_or_path!r}, for example {differ[0]!r}. A length critic reads the generator's "
+            "token ids: start it from a model of the generator's family."
+        )
+    if differ:
+        warnings.warn(
+            f"{len(differ):,} tokens of {generator.name_or_path!r} have other ids, or none, in the tokenizer of "
+            f"{backbone.name_or_path!r}, such as {differ[0]!r}: the critic has to learn them anew.",
+            stacklevel=2,
+        )
+
+
 def completion_lengths(rollouts: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each completion, the end token included, and whether it finished: two arrays of (rollouts,)."""
     columns = ["completion_ids", "finished"]
@@ -105,6 +143,24 @@ def completion_lengths(rollouts: Dataset) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
     lengths, finished = zip(*parts, strict=True)
     return np.concatenate(lengths), np.concatenate(finished).astype(bool)
+
+
+def rollout_lengths(rollouts: Dataset) -> np.ndarray:
+    """Tokens of each rollout, prompt and completion together: (rollouts,)."""
+    columns = ["prompt_ids", "completion_ids"]
+    parts = [_lengths(t["prompt_ids"]) + _lengths(t["completion_ids"]) for _, t in _tables(rollouts, columns)]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def prompt_groups(rollouts: Dataset) -> np.ndarray:
+    """Which prompt each rollout has, numbered by first appearance: (rollouts,). Equal token ids are one prompt."""
+    numbers: dict[bytes, int] = {}
+    groups = [
+        numbers.setdefault(hashlib.sha256(ids.tobytes()).digest(), len(numbers))
+        for _, table in _tables(rollouts, ["prompt_ids"])
+        for ids in np.split(_flat(table["prompt_ids"]), np.cumsum(_lengths(table["prompt_ids"]))[:-1])
+    ]
+    return np.array(groups, dtype=np.int64)
 
 
 def _tables(rollouts: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:

@@ -1,100 +1,401 @@
 """Pretraining a Length Value Model on rollouts, with transformers' Trainer.
 
-1. Targets are closed forms of the remaining length: no recursion over time (LenVM eq. 2).
+1. Targets are closed forms of the remaining length: no recursion over time (LenVM eq. 2), except for TD(lambda), which
+   is the generalised advantage estimation of `lenvm_rl.advantages`.
 2. The loss is the token mean over the whole optimizer batch on all processes; a mean per completion would weight states
    by the length that followed them and bias the value (LenVM appendix E).
 3. A completion that was cut is not a short one: the model itself values the tail that was not seen.
+4. Rollouts are packed, never padded where the backbone allows it, and evaluated in order of length. Metrics are summed
+   batch by batch.
+5. Left out: vocabulary logits, a float64 loss, losses relative to the length (they weight states by what follows).
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from torch.utils.data import DataLoader, Sampler
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
-from lenvm_rl.length import check_gamma, remaining_to_value
+from lenvm_rl.advantages import gae
+from lenvm_rl.evaluation.length_values import LengthValueStatistics, PromptScores, prompt_scores
+from lenvm_rl.length import check_gamma, logit_to_remaining, remaining_to_value
 from lenvm_rl.model import LengthValueModel, LengthValueOutput
-from lenvm_rl.pretraining.data import NO_TARGET, LengthValueCollator, check_rollouts
+from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments
+from lenvm_rl.pretraining.data import (
+    COLUMNS,
+    NO_TARGET,
+    LengthValueCollator,
+    check_rollouts,
+    completion_lengths,
+    prompt_groups,
+    rollout_lengths,
+)
+from lenvm_rl.pretraining.packing import (
+    PackingCollator,
+    SimilarLengthsSampler,
+    attention_by_document,
+    attention_width,
+    packing_layout,
+)
+
+logger = logging.getLogger(__name__)
 
 
-def length_value_targets(values: Tensor, labels: Tensor, gamma: float) -> Tensor:
+def length_value_targets(
+    predictions: Tensor, labels: Tensor, gamma: float, *, td_lambda: float = 1.0, bootstrap: bool = True
+) -> Tensor:
     """What each state is worth, given how its completion went on.
 
     Args:
-        values: (B, S) current predictions; used, without gradient, for the tails of cut completions only.
-        labels: (B, S) of `LengthValueCollator`.
+        predictions: (B, S) current values; used, without gradient, for the tails of cut completions, and everywhere
+            where td_lambda is below 1.
+        labels: (B, S) of a collator; rows may hold several completions.
         gamma: discount.
+        td_lambda: lambda of the targets.
+        bootstrap: value the tail of a cut completion; otherwise it counts as 0.
 
     Returns:
         (B, S): -(1 - gamma^l), plus gamma^l V(s_cut) where the completion was cut l tokens later; 0 without a target.
     """
+    if td_lambda < 1:
+        return _td_targets(predictions, labels, reward=-(1 - gamma), gamma=gamma, td_lambda=td_lambda)
     known = labels != NO_TARGET
-    certain = remaining_to_value(labels.masked_fill(~known, 0).to(values.dtype), gamma)
-    finished = (labels == 0).any(1, keepdim=True)
-    columns = torch.arange(labels.size(1), device=labels.device)
-    cut_state = (columns * known).amax(1, keepdim=True) + 1  # the state after the last one with a label
-    tail = values.detach().gather(1, cut_state.clamp(max=labels.size(1) - 1)).masked_fill(finished, 0.0)
-    return (certain + (1 + certain) * tail).masked_fill(~known, 0.0)
+    certain = remaining_to_value(labels.masked_fill(~known, 0).to(predictions.dtype), gamma)
+    if not bootstrap:
+        return certain.masked_fill(~known, 0.0)
+    return (certain + (1 + certain) * _tails(predictions, labels)).masked_fill(~known, 0.0)
+
+
+def remaining_targets(predictions: Tensor, labels: Tensor, *, td_lambda: float = 1.0, bootstrap: bool = True) -> Tensor:
+    """`length_value_targets` in tokens: the remaining length, plus the predicted one where the completion was cut."""
+    if td_lambda < 1:
+        return _td_targets(predictions, labels, reward=1.0, gamma=1.0, td_lambda=td_lambda)
+    known = labels != NO_TARGET
+    certain = labels.masked_fill(~known, 0).to(predictions.dtype)
+    return (certain + _tails(predictions, labels)).masked_fill(~known, 0.0) if bootstrap else certain
+
+
+def length_value_loss(
+    logits: Tensor,
+    labels: Tensor,
+    gamma: float,
+    *,
+    loss: str = "mse",
+    parameterization: str = "value",
+    censoring: str = "bootstrap",
+    td_lambda: float = 1.0,
+) -> Tensor:
+    """Errors of all states, (B, S), 0 without a target; their sum over the number of targets is the loss.
+
+    Args:
+        logits: (B, S) head outputs.
+        labels: (B, S) of a collator; that of "official" censoring differs from the others'.
+        gamma: discount.
+        loss, parameterization, censoring, td_lambda: as in `LengthValueTrainingArguments`.
+    """
+    bootstrap = censoring != "bound"
+    if parameterization == "value":
+        predictions = -torch.sigmoid(logits)
+        targets = length_value_targets(predictions, labels, gamma, td_lambda=td_lambda, bootstrap=bootstrap)
+    else:
+        predictions = logit_to_remaining(logits, gamma)
+        targets = remaining_targets(predictions, labels, td_lambda=td_lambda, bootstrap=bootstrap)
+    if loss == "bce":
+        errors = F.binary_cross_entropy_with_logits(logits, -targets, reduction="none")
+    elif parameterization == "log_length":
+        errors = (torch.log1p(predictions) - torch.log1p(targets)).square()
+    elif parameterization == "length":
+        errors = (torch.log(torch.tensor(gamma)) * (predictions - targets)).square()
+    else:
+        errors = (predictions - targets).square()
+    errors = errors * (labels != NO_TARGET)
+    if censoring == "bound":
+        longer = predictions <= targets if parameterization == "value" else predictions >= targets
+        errors = errors.masked_fill(longer & ~_finished(labels), 0.0)
+    return errors
 
 
 class LengthValueTrainer(Trainer):
-    """Fits a `LengthValueModel` to rollouts by mean squared error on the value (LenVM eq. 9).
+    """Fits a `LengthValueModel` to rollouts (LenVM eq. 9).
 
     Args:
         model: the critic; its config holds gamma.
-        args: training arguments.
-        train_dataset, eval_dataset: rollouts with columns ``prompt_ids``, ``completion_ids`` and ``finished``.
+        args: how to fit it.
+        train_dataset, eval_dataset: rollouts with columns ``prompt_ids``, ``completion_ids`` and ``finished``. They are
+            read as they are needed: a memory-mapped dataset stays on disk.
         pad_token_id: fills the rows; never attended to.
+        kwargs: of transformers' Trainer.
 
-    Evaluation reports ``eval_loss`` (token mean) and, on finished completions, ``eval_explained_variance``.
+    Evaluation reports ``eval_loss``, the token mean of the objective (with lambda 1, and cut completions by
+    "bootstrap", however they are trained on), the metrics of `evaluation.length_values.LengthValueScores`, on finished
+    completions, and those of `PromptScores`, prefixed ``prompt_``.
 
     Raises:
         ValueError: rollouts that cannot be trained on.
+        ImportError: LoRA without peft.
     """
+
+    args: LengthValueTrainingArguments
 
     def __init__(
         self,
         model: LengthValueModel,
-        args: TrainingArguments,
+        args: LengthValueTrainingArguments,
         *,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         pad_token_id: int,
         **kwargs: Any,
     ) -> None:
-        for rollouts in (train_dataset, eval_dataset):
-            if rollouts is not None:
-                check_rollouts(rollouts, model.config.vocab_size)
-        args.remove_unused_columns = False
-        args.label_names = ["labels"]
+        if not isinstance(args, LengthValueTrainingArguments):
+            raise ValueError(
+                f"args is a {type(args).__name__}: LengthValueTrainer takes a LengthValueTrainingArguments, which has "
+                "the same fields and those of the critic."
+            )
+        self.vocab_size = model.config.vocab_size
+        self.gamma = check_gamma(model.config.gamma)
+        if train_dataset is not None:
+            train_dataset = _trainable(check_rollouts(train_dataset, self.vocab_size), args)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: check_rollouts(rollouts, self.vocab_size) for name, rollouts in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = check_rollouts(eval_dataset, self.vocab_size)
+        if args.frozen_backbone:
+            model.model.requires_grad_(False)
+        elif args.lora_rank:
+            _add_adapters(model, args)
         super().__init__(
             model,
             args,
-            data_collator=LengthValueCollator(pad_token_id),
+            data_collator=LengthValueCollator(pad_token_id, official=args.censoring == "official"),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_loss_func=self._loss,
-            compute_metrics=self._metrics,
+            compute_metrics=self._add_to_metrics,  # type: ignore[arg-type]  # the form of batch_eval_metrics
             **kwargs,
         )
-        self.gamma = check_gamma(model.config.gamma)
+        self._eval_collator = LengthValueCollator(pad_token_id)
+        self._merge_on_save = False
+        self._backbone = model.model
+        self._layout = packing_layout(model.model) if args.packing else None
+        if self._layout is not None:
+            self.data_collator = PackingCollator(
+                pad_token_id,
+                self._layout,
+                attention_width=attention_width(model.model),
+                official=args.censoring == "official",
+            )
+        elif args.packing:
+            micro_batches = args.gradient_accumulation_steps * args.world_size
+            logger.warning(
+                "%s cannot keep packed rollouts apart, so they are padded; the %d micro-batches of an optimizer step "
+                "are made of similar lengths%s.",
+                type(model.model).__name__,
+                micro_batches,
+                "" if micro_batches > 1 else ": raise gradient_accumulation_steps for that to save anything",
+            )
 
     def _loss(self, outputs: LengthValueOutput, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-        values = -torch.sigmoid(outputs["logits"])
-        errors = (values - length_value_targets(values, labels, self.gamma)).square() * (labels != NO_TARGET)
+        args = self.args
+        errors = length_value_loss(
+            outputs["logits"],
+            labels,
+            self.gamma,
+            loss=args.loss,
+            parameterization=args.parameterization,
+            censoring=args.censoring,
+            td_lambda=args.td_lambda,
+        )
         return errors.sum() / ((labels != NO_TARGET).sum() if num_items_in_batch is None else num_items_in_batch)
 
-    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        values = -torch.sigmoid(torch.as_tensor(prediction.predictions).double())
-        labels = torch.as_tensor(prediction.label_ids)
-        targets = length_value_targets(values, labels, self.gamma)
-        errors, known = targets - values, labels != NO_TARGET
-        finished = known & (labels == 0).any(1, keepdim=True)
-        returns = targets[finished]
-        varies = returns.numel() > 0 and bool(returns.min() < returns.max())
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        apart = attention_by_document(self._backbone) if self._layout == "documents" else nullcontext()
+        with apart:
+            return super().training_step(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self._layout is not None or not self.args.packing:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return SimilarLengthsSampler(rollout_lengths(train_dataset), step, seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        with self._replaced(train_dataset=_arrays(self.train_dataset)):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = check_rollouts(eval_dataset, self.vocab_size)
+        elif isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
+        with self._replaced(data_collator=self._eval_collator):
+            return super().get_eval_dataloader(_arrays(eval_dataset if eval_dataset is not None else self.eval_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return _LongestFirst(eval_dataset)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._statistics = LengthValueStatistics(self.gamma)
+        self._objective, self._targets = 0.0, 0
+        self._evaluated = dataloader.dataset
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _add_to_metrics(self, batch: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        logits, labels = torch.as_tensor(batch.predictions), torch.as_tensor(batch.label_ids)
+        self._statistics.add(logits, labels)
+        errors = length_value_loss(
+            logits.double(), labels, self.gamma, loss=self.args.loss, parameterization=self.args.parameterization
+        )
+        self._objective += errors.sum().item()
+        self._targets += int((labels != NO_TARGET).sum())
+        if not compute_result:
+            return {}
+        scores = self._statistics.scores()
+        prompt = self._prompt_scores()
         return {
             # takes the place of Trainer's own, a mean over batches (transformers 5.23)
-            "loss": errors[known].square().mean().item(),
-            "explained_variance": (1 - errors[finished].var() / returns.var()).item() if varies else float("nan"),
+            "loss": self._objective / max(self._targets, 1),
+            **scores.metrics(),
+            **{f"prompt_{name}": number for name, number in prompt.metrics().items()},
         }
+
+    def _prompt_scores(self) -> PromptScores:
+        rollouts: Any = self._evaluated
+        order = np.array(list(_LongestFirst(rollouts)))
+        lengths, finished = completion_lengths(rollouts)
+        values = np.empty(len(order))
+        values[order] = self._statistics.first_values()[: len(order)]
+        return prompt_scores(values, lengths, finished, prompt_groups(rollouts), self.gamma)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._merge_on_save = bool(self.args.lora_rank) and not _internal_call
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._merge_on_save = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._merge_on_save:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            state_dict = merge_adapters(
+                unwrapped.state_dict() if state_dict is None else state_dict,
+                (self.args.lora_alpha or 2 * self.args.lora_rank) / self.args.lora_rank,
+            )
+        super()._save(output_dir, state_dict)
+
+    @contextmanager
+    def _replaced(self, **attributes: Any) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in attributes}
+        vars(self).update(attributes)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+
+class _LongestFirst(Sampler[int]):
+    """Rollouts by length: evaluation batches without padding, and if memory does not suffice, the first one says so."""
+
+    def __init__(self, rollouts: Dataset) -> None:
+        self.order = np.argsort(-rollout_lengths(rollouts), kind="stable")
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order.tolist())
+
+
+def merge_adapters(state_dict: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """The weights that a model with LoRA adapters acts by, under the names that they have without adapters.
+
+    Args:
+        state_dict: with peft's names: ``x.base_layer.weight``, ``x.lora_A.default.weight``, ...
+        scaling: lora_alpha / rank.
+    """
+    merged = {name: tensor for name, tensor in state_dict.items() if ".lora_" not in name}
+    for name, tensor in state_dict.items():
+        if ".lora_A." in name:
+            layer = name.split(".lora_A.")[0]
+            delta = state_dict[name.replace(".lora_A.", ".lora_B.")].float() @ tensor.float()
+            base = merged[f"{layer}.base_layer.weight"]
+            merged[f"{layer}.base_layer.weight"] = (base.float() + scaling * delta).to(base.dtype)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in merged.items()}
+
+
+def _add_adapters(model: LengthValueModel, args: LengthValueTrainingArguments) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("lora_rank needs peft: pip install 'lenvm-rl[peft]'.") from error
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha or 2 * args.lora_rank,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules or "all-linear",
+    )
+    inject_adapter_in_model(config, model.model)
+
+
+def _trainable(rollouts: Dataset, args: LengthValueTrainingArguments) -> Dataset:
+    if args.censoring != "drop":
+        return rollouts
+    _, finished = completion_lengths(rollouts)
+    if not finished.any():
+        raise ValueError("censoring 'drop' leaves nothing to train on: all completions were cut. Take 'bootstrap'.")
+    return rollouts if finished.all() else rollouts.select(np.flatnonzero(finished))
+
+
+def _arrays(rollouts: Any) -> Any:
+    """Only what a collator reads, as arrays: lists of integers are several times slower to make."""
+    return rollouts.select_columns(list(COLUMNS)).with_format("numpy") if isinstance(rollouts, Dataset) else rollouts
+
+
+def _ends(labels: Tensor) -> Tensor:
+    """(B, S) column of the last state of each state's completion; its own where there is no label."""
+    columns = torch.arange(labels.size(1), device=labels.device)
+    return columns + labels.masked_fill(labels == NO_TARGET, 0)
+
+
+def _finished(labels: Tensor) -> Tensor:
+    """(B, S) bool: the state's completion finished. Anything without a label."""
+    return labels.gather(1, _ends(labels)) == 0
+
+
+def _tails(predictions: Tensor, labels: Tensor) -> Tensor:
+    """(B, S) prediction after the last token of each state's completion, 0 where it finished, without gradient."""
+    ends = _ends(labels)
+    return predictions.detach().gather(1, ends).masked_fill(labels.gather(1, ends) == 0, 0.0)
+
+
+def _td_targets(predictions: Tensor, labels: Tensor, *, reward: float, gamma: float, td_lambda: float) -> Tensor:
+    """TD(lambda) targets: the returns of `gae`, one row per completion, put back where the states are."""
+    acting = labels > 0  # a token is still to come
+    before = F.pad(labels, (1, 0), value=NO_TARGET)[:, :-1]
+    first = acting & (before != labels + 1)
+    targets = torch.zeros_like(predictions)
+    if not first.any():
+        return targets
+    completion = first.flatten().cumsum(0)[acting.flatten()] - 1
+    lengths = labels[first]
+    time = lengths[completion] - labels[acting]
+    table = predictions.new_zeros(len(lengths), int(lengths.max()), dtype=torch.float32)
+    mask = torch.zeros(table.shape, dtype=torch.bool, device=table.device)
+    table[completion, time] = predictions.detach()[acting].float()
+    mask[completion, time] = True
+    bootstrap = _tails(predictions, labels)[first].float()
+    rewards = torch.full_like(table, reward)
+    _, returns = gae(rewards, table, bootstrap, mask, gamma=gamma, lam=td_lambda, right_padded=True)
+    targets[acting] = returns[completion, time].to(targets.dtype)
+    return targets

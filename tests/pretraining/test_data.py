@@ -1,8 +1,16 @@
+import numpy as np
 import pytest
 from datasets import Dataset
 from torch import tensor
 
-from lenvm_rl.pretraining.data import LengthValueCollator, check_rollouts, completion_lengths
+from lenvm_rl.pretraining.data import (
+    LengthValueCollator,
+    check_backbone_tokenizer,
+    check_rollouts,
+    completion_lengths,
+    prompt_groups,
+    rollout_lengths,
+)
 
 FINISHED = {"prompt_ids": [5, 6, 7], "completion_ids": [8, 9, 1], "finished": True}
 CUT = {"prompt_ids": [5], "completion_ids": [8, 9], "finished": False}
@@ -38,6 +46,17 @@ def test_an_empty_completion_teaches_nothing():
     # the state after the prompt would look like an end
     for finished in (True, False):
         assert collated({"prompt_ids": [5, 6], "completion_ids": [], "finished": finished})[1] == [[-100, -100]]
+
+
+def test_the_official_labels_take_a_cut_for_an_end():
+    batch = LengthValueCollator(pad_token_id=0, official=True)([CUT, FINISHED])
+    assert batch["labels"].tolist() == [[2, 1, 0, -100, -100, -100], [-100, -100, 3, 2, 1, 0]]
+
+
+def test_arrays_make_the_same_batch_as_lists():
+    arrays = [{name: np.array(column) for name, column in row.items()} for row in (FINISHED, CUT)]
+    batch = LengthValueCollator(pad_token_id=0)(arrays)
+    assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == collated(FINISHED, CUT)
 
 
 def test_tensors_hold_token_ids():
@@ -84,6 +103,14 @@ def test_rollouts_of_different_sampling_settings_are_refused(name, values):
     check_rollouts(rollouts(**{name: [values[0], None]}), vocab_size=10)  # a file that does not say it
 
 
+def test_a_prompt_is_known_by_its_tokens():
+    given = rollouts(prompt_ids=[[5], [5, 6], [5], [6], [5, 6]], completion_ids=[[8]] * 5, finished=[True] * 5)
+    assert prompt_groups(given).tolist() == [0, 1, 0, 2, 1]
+    many = rollouts(prompt_ids=[[i % 7, 1] for i in range(2500)], completion_ids=[[8]] * 2500, finished=[True] * 2500)
+    assert prompt_groups(many).tolist() == [i % 7 for i in range(2500)]
+    assert rollout_lengths(given).tolist() == [2, 3, 2, 2, 3]
+
+
 def test_lengths_are_those_of_the_completions():
     lengths, finished = completion_lengths(rollouts())
     assert lengths.tolist() == [2, 1] and finished.tolist() == [True, False]
@@ -111,3 +138,28 @@ def test_missing_columns_are_named():
         ValueError, match="prompt_ids, completion_ids, finished, but have no prompt_ids and no finished"
     ):
         check_rollouts(rollouts().remove_columns(["prompt_ids", "finished"]), vocab_size=10)
+
+
+def words(tokens, name):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(tokens, unk_token="t0")))
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def test_a_backbone_must_read_the_tokens_that_the_generator_writes():
+    own = {f"t{i}": i for i in range(300)}
+    generator = words(own, "policy")
+    check_backbone_tokenizer(generator, words(own, "sibling"))
+    check_backbone_tokenizer(generator, words({**own, "more": 300}, "larger"))
+    with pytest.warns(
+        UserWarning, match="2 tokens of 'policy' have other ids, or none, in the tokenizer of 'base', such"
+    ):
+        check_backbone_tokenizer(generator, words({f"t{i}": i for i in range(298)}, "base"))
+    turned = words({f"t{i}": 299 - i for i in range(300)}, "stranger")
+    with pytest.raises(
+        ValueError, match="300 of the 300 tokens of 'policy' have other ids in the tokenizer of 'stranger'"
+    ):
+        check_backbone_tokenizer(generator, turned)
