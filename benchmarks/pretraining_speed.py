@@ -74,7 +74,7 @@ CASES = {
         8,
         SamplingSettings(128, temperature=0.7),
         0.9446,
-        steps=3,
+        steps=6,
         conversational=True,
         instruction="Explain in a sentence or two, then end with the answer.",  # all as in smollm2_lenvm.yaml
     ),
