@@ -290,8 +290,17 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_rollouts_of_one_th
 def test_a_terminated_recipe_leaves_its_shards_and_the_same_command_completes_them(policy_folder, tmp_path):
     command = [
         *[sys.executable, "recipes/pretrain_lenvm.py", "--generator", policy_folder, "--sample_only", "true"],
-        *["--rollouts_dir", str(tmp_path / "r"), "--prompts", "400", "--held_out_prompts", "5"],
-        *["--sampling_batch_size", "12", "--max_new_tokens", "10", "--output_dir", str(tmp_path / "o")],
+        *["--rollouts_dir", str(tmp_path / "r"), "--prompts", "400", "--completions_per_prompt", "6"],
+        *[
+            "--held_out_prompts",
+            "5",
+            "--sampling_batch_size",
+            "12",
+            "--max_new_tokens",
+            "10",
+            "--output_dir",
+            str(tmp_path / "o"),
+        ],
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
