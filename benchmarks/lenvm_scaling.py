@@ -75,7 +75,7 @@ PROMPTS = {f"{n}": Point(prompts=n) for n in (60, 125, 250, 500, 1_000, 2_000, 4
 COMPLETIONS = {f"{n}": Point(prompts=500, completions=n) for n in (1, 2, 4, 8, 16)}
 SIZES = {f"{n}": Point(hidden_size=n) for n in (16, 32, 64, 96, 144)}
 ABLATIONS = {
-    "as it ships": Point(),
+    "reference": Point(),
     "cross-entropy of the value": Point(settings={"loss": "bce"}),
     "length": Point(settings={"parameterization": "length"}),
     "log length": Point(settings={"parameterization": "log_length"}),
@@ -304,9 +304,10 @@ def draw_ablations(points: dict[str, list[dict[str, float]]], path: Path) -> Non
         for height, runs in zip(y, points.values(), strict=True):
             axis.plot([run[metric] for run in runs], [height] * len(runs), ".", color="#9db8d9")
         axis.plot([mean(runs, metric) for runs in points.values()], y, "o", color="#2a6fbb")
-        axis.axvline(mean(points["as it ships"], metric), color="#8a8a8a", linewidth=1, linestyle="--")
+        axis.axvline(mean(points["reference"], metric), color="#8a8a8a", linewidth=1, linestyle="--")
         axis.set_yticks(y, list(points))
         axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
     figure.savefig(path, dpi=130)
     plt.close(figure)

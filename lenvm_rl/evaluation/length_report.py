@@ -202,7 +202,7 @@ def _draw_predicted_and_true(figure: Any, evaluation: LengthEvaluation) -> bool:
     axis.plot(*zip(*means, strict=True), color=ORANGE, linewidth=1.8, label="mean true length")
     axis.set(xlabel="predicted remaining tokens", ylabel="true remaining tokens", xlim=(0, limit), ylim=(0, limit))
     axis.set_aspect("equal")
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(frameon=False, loc="lower right")
     figure.colorbar(drawn, ax=axis, label="states", shrink=0.85)
     return True
 
