@@ -14,7 +14,6 @@ One core: about 40 minutes for two seeds.
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaModel, set_seed
 
 from lenvm_rl.assets import model_path
+from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.critic import micro_batches
 from lenvm_rl.evaluation.length_values import LengthValueStatistics, prompt_scores
 from lenvm_rl.launch import run
@@ -186,9 +186,8 @@ def score(point: Point, seed: int, rollouts: dict[str, Dataset], args: Benchmark
     found = evaluate(critic, rollouts["held_out"])
     found |= {"parameters": sum(p.numel() for p in critic.parameters()), "seconds": time.process_time() - started}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(found) + "\n")
-    os.replace(beside, path)
+    with atomic_file(path) as file:
+        file.write((json.dumps(found) + "\n").encode())
     print(f"{path.stem}: {found}", flush=True)
     return found
 

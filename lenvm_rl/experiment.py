@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from transformers import (
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from lenvm_rl.assets import model_path
+from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.evaluation.accuracy import Score, evaluate_policy
 from lenvm_rl.evaluation.contest import build_length_reward, find_contender, read_value, trainer_flags
 from lenvm_rl.evaluation.report import comparison_table, console, sample_table, write_results
@@ -305,9 +305,8 @@ class Evaluation:
         """Arrays `before_correct`, `before_tokens`, `after_correct`, `after_tokens`, one entry per held-out problem."""
         if not self.outcomes:
             return
-        beside = path.with_name(f"unfinished-{path.name}")
-        np.savez_compressed(beside, **self.outcomes)  # type: ignore[arg-type]
-        os.replace(beside, path)
+        with atomic_file(path) as file:
+            np.savez_compressed(file, **self.outcomes)  # type: ignore[arg-type]
 
 
 class RecordedReward:

@@ -1,7 +1,6 @@
 """What a training run leaves behind for a person: a table, curves, sample completions and ``summary.json``."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.evaluation.accuracy import Score
 
 
@@ -47,11 +47,10 @@ def sample_table(prompts: Sequence[Any], columns: Mapping[str, Sequence[str]]) -
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write beside and rename, so that a reader never sees half a file; nan and infinities, no JSON, become null."""
+    """A file that no reader sees by half; nan and infinities, no JSON, become null."""
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_results(

@@ -23,7 +23,8 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lenvm_rl.pretraining.storage import SCHEMA, atomic_file, write_stream
+from lenvm_rl.atomic_file import atomic_file
+from lenvm_rl.pretraining.storage import SCHEMA, write_stream
 from lenvm_rl.sampling import Prompt, prompt_token_ids
 
 __all__ = ["read_official_jsonl", "write_official_jsonl"]

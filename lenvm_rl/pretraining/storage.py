@@ -9,13 +9,9 @@
 5. Left out: whether the weights behind a generator's name have changed, and merging of folders.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
-import os
-import socket
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from lenvm_rl.atomic_file import atomic_file, writer_may_live
 from lenvm_rl.pretraining.generators import Skipped
 from lenvm_rl.sampling import Completion, SamplingSettings
 
-__all__ = ["SCHEMA", "RolloutFolder", "RolloutSettings", "atomic_file", "load_rollouts", "rollout_table"]
+__all__ = ["SCHEMA", "RolloutFolder", "RolloutSettings", "load_rollouts", "rollout_table"]
 
 SCHEMA = pa.schema(
     {
@@ -208,7 +205,7 @@ class RolloutFolder:
                     rest.unlink(missing_ok=True)
             for name in (_SETTINGS, _ARROW):  # somebody may be writing these: a reader takes no lock
                 for rest in self.folder.glob(f".{name}.*.tmp"):
-                    if not _writer_may_live(rest):
+                    if not writer_may_live(rest):
                         rest.unlink(missing_ok=True)
             yield
 
@@ -340,46 +337,6 @@ def write_stream(file: BinaryIO, batches: Iterable[pa.RecordBatch], metadata: di
     with pa.ipc.new_stream(file, schema) as writer:
         for batch in batches:
             writer.write_batch(batch.replace_schema_metadata(metadata))
-
-
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it gets its name: a path that no other writer has, on this machine or another."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.tmp")
-
-
-def _writer_may_live(temporary: Path) -> bool:
-    host, process, _ = temporary.name.removesuffix(".tmp").rsplit("-", 2)
-    if os.name != "posix" or not host.endswith(f".{socket.gethostname()}"):
-        return True
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when it is complete and on disk, and otherwise not at all."""
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # no such thing on some systems
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name
-        finally:
-            os.close(folder)
 
 
 @contextmanager

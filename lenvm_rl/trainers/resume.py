@@ -12,7 +12,6 @@ same number of processes, and map-style datasets.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,6 +21,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
+
+from lenvm_rl.atomic_file import atomic_file
 
 STATE_FILE = "lenvm_rl_state.json"
 
@@ -127,12 +128,8 @@ def save_states(parts: dict[str, Stateful], folder: Path) -> None:
                 "JSON can hold: dicts with text as keys, lists, numbers, text."
             ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{STATE_FILE}.unfinished"
-    with unfinished.open("w") as file:
-        json.dump(lines, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(folder / STATE_FILE)
+    with atomic_file(folder / STATE_FILE) as file:
+        file.write(json.dumps(lines).encode())
 
 
 def load_states(parts: dict[str, Stateful], folder: Path) -> None:

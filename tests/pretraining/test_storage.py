@@ -6,13 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from lenvm_rl.atomic_file import temporary_path
 from lenvm_rl.pretraining import storage
 from lenvm_rl.pretraining.generators import Skipped
 from lenvm_rl.pretraining.storage import (
     SCHEMA,
     RolloutFolder,
     RolloutSettings,
-    atomic_file,
     load_rollouts,
     rollout_table,
 )
@@ -240,7 +240,7 @@ def test_skipped_completions_are_remembered_and_counted(store):
 def test_a_full_disk_leaves_nothing_of_the_shard_and_all_of_those_before_it(store):
     store.write(0, *shard(store, 0))
     # the kernel's own "No space left on device" for everything written under the temporary name
-    storage.temporary_path(store.path(1)).symlink_to("/dev/full")
+    temporary_path(store.path(1)).symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"00001.parquet could not be written and was removed. The shards before") as e:
         store.write(1, *shard(store, 1))
     assert e.value.errno == errno.ENOSPC and "No space left on device" in str(e.value)
@@ -253,29 +253,16 @@ def test_a_disk_that_fills_up_while_syncing_leaves_nothing_either(store, monkeyp
     def full_disk(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="make room, and run the same command again to continue after them"):
         store.write(0, *shard(store, 0))
     assert names(store.folder) == ["settings.json"]
 
 
 def test_no_room_for_the_copy_to_read_from_is_said(full):
-    storage.temporary_path(full.folder / "rollouts.arrow").symlink_to("/dev/full")
+    temporary_path(full.folder / "rollouts.arrow").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"the copy to read from, .*rollouts.arrow, could not be written \(No space"):
         load_rollouts(full.folder)
-
-
-def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
-    assert path.read_bytes() == b"before" and names(tmp_path) == ["file"]
-    with atomic_file(path) as file:
-        file.write(b"after")
-        assert path.read_bytes() == b"before"
-    assert path.read_bytes() == b"after" and names(tmp_path) == ["file"]
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_away_by_the_process_whose_shard_it_is(store):
@@ -287,7 +274,7 @@ def test_what_a_killed_run_left_half_written_is_cleared_away_by_the_process_whos
 
 
 def test_a_copy_that_was_half_written_is_cleared_away_unless_its_writer_may_live(store):
-    own = storage.temporary_path(store.folder / "rollouts.arrow")
+    own = temporary_path(store.folder / "rollouts.arrow")
     child = os.fork()
     if child == 0:
         os._exit(0)

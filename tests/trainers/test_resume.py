@@ -58,7 +58,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lenvm_rl.trainers.resume.os.fsync", killed)
+    monkeypatch.setattr("os.fsync", killed)
     changed = Counter()
     changed.calls = 9
     with pytest.raises(KeyboardInterrupt):
