@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from lenvm_rl.advantages.statistics import explained_variance_of_sums
 from lenvm_rl.length import remaining_to_value, value_to_remaining
 from lenvm_rl.model import LengthValueModel
 
@@ -138,11 +139,8 @@ class LengthCritic:
         tokens, g1, g2, e1, e2, completions, predicted_sum, true_sum, relative = self.accelerator.reduce(sums).tolist()
         if not completions:
             return Calibration(*(float("nan"),) * 4, completions=0)
-        variance = g2 / tokens - (g1 / tokens) ** 2
-        residual = e2 / tokens - (e1 / tokens) ** 2
-        varies = variance > 1e-12 * g2 / tokens  # where all returns are equal, the difference leaves its rounding error
         return Calibration(
-            explained_variance=1 - residual / variance if varies else float("nan"),
+            explained_variance=explained_variance_of_sums(tokens, g1, g2, e1, e2),
             predicted_tokens=predicted_sum / completions,
             true_tokens=true_sum / completions,
             relative_error=relative / completions,

@@ -1,5 +1,6 @@
 """Batch statistics from the moments of the rows, over all processes: for whitening, explained variance and logs."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,11 @@ class Pooled(NamedTuple):
     tokens: Tensor
     mean: Tensor
     variance: Tensor
+
+    @property
+    def unbiased_variance(self) -> Tensor:
+        """With Bessel's correction; 0 of a single token."""
+        return self.variance * self.tokens / (self.tokens - 1).clamp(min=1)
 
 
 def pooled(tokens: Tensor, moments: Moments, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Pooled:
@@ -46,3 +52,12 @@ def explained_variance(
     target = pooled(tokens, returns, reduce).variance
     unexplained = pooled(tokens, error, reduce).variance
     return torch.where(target > 0, 1 - unexplained / target, torch.nan)
+
+
+def explained_variance_of_sums(count: float, g1: float, g2: float, e1: float, e2: float) -> float:
+    """`explained_variance` from float64 sums: of returns G, G^2, and of errors G - V, (G - V)^2; nan where G does not
+    vary."""
+    variance = g2 / count - (g1 / count) ** 2
+    if not variance > 1e-12 * g2 / count:  # where all returns are equal, the difference leaves its rounding error
+        return math.nan
+    return float(1 - (e2 / count - (e1 / count) ** 2) / variance)

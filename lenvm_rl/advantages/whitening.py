@@ -50,11 +50,9 @@ def whiten(
         ValueError: shapes, dtypes or devices other than the above, with what was seen.
     """
     _check(advantages, mask, tokens, moments, eps, out)
-    count, mean, variance = pooled(tokens, moments, reduce)
-    if unbiased:
-        factor = (variance * count / (count - 1).clamp(min=1) + eps).rsqrt()
-    else:
-        factor = variance.clamp(min=eps).rsqrt()
+    batch = pooled(tokens, moments, reduce)
+    mean = batch.mean
+    factor = ((batch.unbiased_variance + eps) if unbiased else batch.variance.clamp(min=eps)).rsqrt()
     if out is None:
         out = torch.empty(advantages.shape, dtype=torch.float32, device=advantages.device)
     if advantages.is_cuda and advantages.dtype != torch.float64 and triton_kernel.unavailable() is None:

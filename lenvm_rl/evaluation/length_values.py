@@ -21,6 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lenvm_rl.advantages.statistics import explained_variance_of_sums
 from lenvm_rl.critic import TOKEN_BUDGET, micro_batches
 from lenvm_rl.length import check_gamma, logit_to_remaining, remaining_to_value
 from lenvm_rl.model import LengthValueModel
@@ -247,7 +248,7 @@ class LengthValueStatistics:
         calibration = _tenths(self._bins)
         return LengthValueScores(
             mean_squared_error=e2 / states,
-            explained_variance=_explained(states, g1, g2, e1, e2),
+            explained_variance=explained_variance_of_sums(states, g1, g2, e1, e2),
             length_error_tokens=off / states,
             length_error_relative=relative / states,
             calibration_error=_calibration_error(calibration),
@@ -290,7 +291,7 @@ def prompt_scores(
     return PromptScores(
         relative_error=float(np.mean(np.abs(predicted - true) / true)),
         noise_floor=noise_floor(lengths, groups, gamma, seed=seed),
-        explained_variance=_explained(len(g), *_moments(g), *_moments(g - values)),
+        explained_variance=explained_variance_of_sums(len(g), *_moments(g), *_moments(g - values)),
         calibration_error=_calibration_error(_tenths(bins)),
         prompts=len(true),
         completions=len(values),
@@ -523,10 +524,3 @@ def _tenths(bins: np.ndarray) -> tuple[CalibrationBin, ...]:
 def _calibration_error(bins: Sequence[CalibrationBin]) -> float:
     states = sum(b.states for b in bins)
     return sum(b.states * abs(b.predicted - b.true) for b in bins) / states
-
-
-def _explained(n: float, g1: float, g2: float, e1: float, e2: float) -> float:
-    variance = g2 / n - (g1 / n) ** 2
-    if variance <= 1e-12 * g2 / n:  # where all returns are equal, the difference leaves its rounding error
-        return math.nan
-    return float(1 - (e2 / n - (e1 / n) ** 2) / variance)

@@ -78,9 +78,8 @@ def group_centred_token_std(
     centred = group_centred(rewards, group_size)[own]
     tokens = tokens.masked_fill(centred.isnan(), 0)
     constant = Moments(centred.nan_to_num(nan=0.0), torch.zeros_like(centred))  # a row's tokens share one advantage
-    count, mean, variance = pooled(tokens, constant, reduce)
-    variance = variance * count / (count - 1).clamp(min=1)
-    return ((centred - mean) * (variance + SMALLEST_VARIANCE).rsqrt()).nan_to_num(nan=0.0).float()
+    batch = pooled(tokens, constant, reduce)
+    return ((centred - batch.mean) * (batch.unbiased_variance + SMALLEST_VARIANCE).rsqrt()).nan_to_num(nan=0.0).float()
 
 
 def trl_advantages(
