@@ -43,11 +43,25 @@ class AroraZanetteReward(LengthReward):
     def terms(self, completions: list[Completion], call: Call) -> list[float]:
         terms = [0.0 if completion.finished else -completion.verdict for completion in completions]
         for members in by_prompt(completions).values():
-            correct = [index for index in members if completions[index].correct and completions[index].finished]
-            shares = sigmoid_of_z_scores([completions[index].tokens for index in correct])
-            for index, share in zip(correct, shares, strict=True):
-                terms[index] = -self.alpha * share * completions[index].verdict
+            write_sigmoid_terms(terms, completions, members, self.alpha)
         return terms
+
+
+def write_sigmoid_terms(
+    terms: list[float], completions: Sequence[Completion], members: Sequence[int], alpha: float
+) -> None:
+    """The terms of a group's correct and finished completions, among themselves; the others' are left as they are.
+
+    Args:
+        terms: of all completions, overwritten at those.
+        completions: of all groups.
+        members: indices of the group.
+        alpha: weight of the penalty.
+    """
+    correct = [index for index in members if completions[index].correct and completions[index].finished]
+    shares = sigmoid_of_z_scores([completions[index].tokens for index in correct])
+    for index, share in zip(correct, shares, strict=True):
+        terms[index] = -alpha * share * completions[index].verdict
 
 
 def sigmoid_of_z_scores(lengths: Sequence[int]) -> list[float]:

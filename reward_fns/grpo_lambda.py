@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from reward_fns.accuracy import accuracy_reward
-from reward_fns.arora_zanette import sigmoid_of_z_scores
+from reward_fns.arora_zanette import write_sigmoid_terms
 from reward_fns.length_term import Call, Completion, LengthReward, by_prompt
 from reward_fns.settings import check_number
 
@@ -40,8 +40,5 @@ class GRPOLambdaReward(LengthReward):
         groups.sort(key=lambda members: -sum(completions[index].correct for index in members) / len(members))
         # 0.2 * 15 is a little more than 3 in floating point
         for members in groups[: math.ceil(self.top_share * len(groups) - 1e-9)]:
-            correct = [index for index in members if completions[index].correct]
-            shares = sigmoid_of_z_scores([completions[index].tokens for index in correct])
-            for index, share in zip(correct, shares, strict=True):
-                terms[index] = -self.alpha * share * completions[index].verdict
+            write_sigmoid_terms(terms, completions, members, self.alpha)
         return terms
