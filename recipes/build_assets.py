@@ -10,6 +10,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -158,6 +159,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - started),
     }
     (critic / "metrics.json").unlink()
+    shutil.rmtree(critic / "report")
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))
 

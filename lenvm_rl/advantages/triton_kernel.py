@@ -140,10 +140,6 @@ def _launch(
 ) -> None:
     """Run the program: `rows` are its outputs of (B, T), `whole` the others."""
     B, T = mask.shape
-    if mask.numel() == 0:
-        for buffer in (*rows.values(), *whole.values()):
-            buffer.zero_()
-        return
     strides = {buffer.stride(0) for buffer in rows.values()} if B > 1 else {0}
     if len(strides) > 1 or not all(buffer.is_contiguous() for buffer in whole.values()):
         raise ValueError(
