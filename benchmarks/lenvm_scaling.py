@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from lenvm_rl.assets import model_path
 from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.critic import micro_batches
-from lenvm_rl.evaluation.length_values import LengthValueStatistics, prompt_scores
+from lenvm_rl.evaluation.length_scores import LengthValueStatistics
+from lenvm_rl.evaluation.prompt_scores import prompt_scores
 from lenvm_rl.launch import run
 from lenvm_rl.length import logit_to_remaining
 from lenvm_rl.model import LengthValueModel

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lenvm_rl.evaluation.length_values import LengthEvaluation, PromptScores, ValueCurve
+from lenvm_rl.evaluation.length_values import LengthEvaluation, ValueCurve
+from lenvm_rl.evaluation.prompt_scores import PromptScores
 from lenvm_rl.evaluation.report import write_json
 from lenvm_rl.length import logit_to_remaining
 

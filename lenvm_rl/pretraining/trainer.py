@@ -25,7 +25,8 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from lenvm_rl.advantages import gae
-from lenvm_rl.evaluation.length_values import LengthValueStatistics, PromptScores, prompt_scores
+from lenvm_rl.evaluation.length_scores import LengthValueStatistics
+from lenvm_rl.evaluation.prompt_scores import PromptScores, prompt_scores
 from lenvm_rl.length import check_gamma, logit_to_remaining, remaining_to_value
 from lenvm_rl.model import LengthValueModel, LengthValueOutput
 from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments

@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset
 
 from lenvm_rl.evaluation.length_report import doubts, prompt_table, write_length_report
-from lenvm_rl.evaluation.length_values import PromptScores, evaluate_lenvm
+from lenvm_rl.evaluation.length_values import evaluate_lenvm
+from lenvm_rl.evaluation.prompt_scores import PromptScores
 from lenvm_rl.model import LengthValueModel
 
 FIGURES = {"predicted_and_true.png", "calibration.png", "error_by_position.png", "lengths.png", "curves.png"}
