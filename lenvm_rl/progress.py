@@ -1,10 +1,15 @@
-"""One progress bar for everything that samples."""
+"""One progress bar for everything that samples; where stderr is a file, a line now and then instead."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Where there is no terminal to draw a bar on."""
 
 
 @contextmanager
@@ -28,14 +33,21 @@ def progress_bar(name: str, total: int, *, done: int = 0, visible: bool = True) 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not visible) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not visible) as progress:
         task = progress.add_task(name, total=total, completed=done, rate="")
-        made = 0
+        made, so_far, started = 0, done, time.monotonic()
+        said = started
 
         def advance(completions: int, tokens: int) -> None:
-            nonlocal made
-            made += tokens
-            elapsed = progress.tasks[task].elapsed or 0.0
-            progress.update(task, advance=completions, rate=f"{made / max(elapsed, 1e-9):,.0f} tokens/s")
+            nonlocal made, so_far, said
+            made, so_far, now = made + tokens, so_far + completions, time.monotonic()
+            elapsed = max(now - started, 1e-9)
+            rate = f"{made / elapsed:,.0f} tokens/s"
+            progress.update(task, advance=completions, rate=rate)
+            if visible and not console.is_terminal and now - said >= SECONDS_BETWEEN_LINES and so_far > done:
+                said = now
+                left = timedelta(seconds=round(elapsed * (total - so_far) / (so_far - done)))
+                console.print(f"{name}: {so_far:,} of {total:,}, {rate}, {left} left", highlight=False)
 
         yield advance

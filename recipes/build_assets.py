@@ -155,10 +155,9 @@ def main() -> None:
     subprocess.run([*pretrain, *generator, "--seed", str(args.seed), "--output_dir", str(critic)], check=True)
     metrics = {
         "policy": score.to_dict(),
-        "length_critic": json.loads((critic / "metrics.json").read_text()),
+        "length_critic": json.loads((critic / "report" / "metrics.json").read_text()),
         "seconds": round(time.perf_counter() - started),
     }
-    (critic / "metrics.json").unlink()
     shutil.rmtree(critic / "report")
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))

@@ -13,9 +13,7 @@ The critic of your own policy (--lenvm may name a smaller model with the same to
 Samples completions, chooses gamma from their lengths, trains, and leaves a page about the critic in output_dir/report.
 Every flag of transformers' TrainingArguments works, and those of `LengthValueTrainingArguments`: --lora_rank 16,
 --frozen_backbone, --loss bce, ... With --rollouts_dir the completions are kept, and the same command continues a run
-that was stopped; several processes, which share them through it, sample and train together:
-
-    accelerate launch --num_processes 8 recipes/pretrain_lenvm.py ... --rollouts_dir outputs/rollouts
+that was stopped; several processes (accelerate launch --num_processes 8) share them through it.
 """
 
 from dataclasses import dataclass
@@ -23,21 +21,21 @@ from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import TrlParser
 
 from lenvm_rl.assets import model_path
 from lenvm_rl.evaluation.ceiling import explained_variance_ceiling
 from lenvm_rl.evaluation.length_report import summary, write_length_report
 from lenvm_rl.evaluation.length_values import evaluate_lenvm
-from lenvm_rl.evaluation.report import write_json
 from lenvm_rl.launch import check_model, parse, run
 from lenvm_rl.length import check_gamma
-from lenvm_rl.model import LengthValueConfig, LengthValueModel
+from lenvm_rl.model import LengthValueModel
 from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments
-from lenvm_rl.pretraining.data import check_backbone_tokenizer, completion_lengths
+from lenvm_rl.pretraining.data import check_backbone_tokenizer
 from lenvm_rl.pretraining.generators import TransformersGenerator, create_generator
-from lenvm_rl.pretraining.rollouts import choose_gamma, describe_gamma, sample_rollouts
+from lenvm_rl.pretraining.initialisation import initial_critic
+from lenvm_rl.pretraining.rollouts import describe_gamma, sample_rollouts
 from lenvm_rl.pretraining.trainer import LengthValueTrainer
 from lenvm_rl.sampling import SamplingSettings
 from lenvm_rl.tasks import load_task
@@ -49,19 +47,14 @@ class PretrainArguments:
 
     generator: str = "embedded/policy"
     """The policy: a folder or hub name."""
-
     lenvm: str | None = None
     """Model that the critic starts from; the generator itself by default. It must share the generator's tokenizer."""
-
     task: str = "arithmetic"
     """Where the prompts come from, as in grpo_lenvm.py."""
-
     conversational: bool = False
     """Put each question into a user message."""
-
     instruction: str | None = None
     """Text after each question; the task has a default."""
-
     prompts: int = 2_000
     completions_per_prompt: int = 6
     held_out_prompts: int = 500
@@ -79,7 +72,6 @@ class PretrainArguments:
     """OpenAI-compatible server that knows the generator by its name; LENVM_SERVER_API_KEY may hold a key."""
     sample_only: bool = False
     """Stop when the completions are in rollouts_dir."""
-
     length_gamma: float | None = None
     """Discount; by default the one at which the 99th percentile of the lengths uses 99 % of the range of values."""
     ceiling_states: int = 300
@@ -122,27 +114,16 @@ def main() -> None:
         server_url=script.server_url,
     )
     policy = generator.model if isinstance(generator, TransformersGenerator) else None
-    sample = partial(
-        sample_rollouts, generator, tokenizer, settings=settings, seed=args.seed, accelerator=PartialState()
-    )
+    state = PartialState()
+    sample = partial(sample_rollouts, generator, tokenizer, settings=settings, seed=args.seed, accelerator=state)
     folders = [f"{script.rollouts_dir}/{part}" if script.rollouts_dir else None for part in ("train", "held_out")]
     train = sample(task.train["prompt"], completions_per_prompt=script.completions_per_prompt, folder=folders[0])
     held_out = sample(task.held_out["prompt"], completions_per_prompt=4, folder=folders[1])
-    if isinstance(AutoConfig.from_pretrained(lenvm_path), LengthValueConfig):
-        critic = LengthValueModel.from_pretrained(lenvm_path, gamma=script.length_gamma, dtype="float32")
-    else:
-        critic = LengthValueModel.from_backbone(
-            lenvm_path,
-            choose_gamma(train, settings.max_new_tokens, override=script.length_gamma),
-            tokenizer=tokenizer,
-            generator=name,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_tokens=settings.max_new_tokens,
-            dtype="float32",
-        )
+    critic = initial_critic(
+        lenvm_path, train, tokenizer=tokenizer, generator=name, settings=settings, gamma=script.length_gamma
+    )
     gamma = check_gamma(critic.config.gamma)
-    PartialState().print(describe_gamma(gamma))
+    state.print(describe_gamma(gamma))
     if script.sample_only:
         return
 
@@ -158,26 +139,17 @@ def main() -> None:
     tokenizer.save_pretrained(args.output_dir)
 
     saved = LengthValueModel.from_pretrained(args.output_dir).to(args.device)  # what others will load
-    policy = policy if policy is None else policy.to(args.device)
-    evaluation = evaluate_lenvm(saved, held_out, fit_on=train, policy=policy, seed=args.seed)
+    policy = policy and policy.to(args.device)
     ceiling = None
     if script.ceiling_states and policy is not None:
-        sampling = {"states": script.ceiling_states, "batch_size": script.sampling_batch_size, "seed": args.seed}
-        ceiling = explained_variance_ceiling(policy, tokenizer, held_out, settings, gamma, **sampling)
-    facts = {
-        "generator": name,
-        "task": script.task,
-        "trained on": f"{len(train):,} completions of {script.prompts:,} prompts, {args.num_train_epochs:g} epochs",
-        "sampling": f"temperature {script.temperature:g}, top-p {script.top_p:g}, {script.max_new_tokens} tokens",
-    }
-    title = f"Length critic of {name}"
-    report = Path(args.output_dir) / "report"
-    page = write_length_report(evaluation, report, title=title, tokenizer=tokenizer, facts=facts, ceiling=ceiling)
-    _, finished = completion_lengths(train)
-    metrics = {**evaluation.to_dict(), "rollouts": len(train), "cut": float((~finished).mean())}
-    if ceiling is not None:
-        metrics["explained_variance_ceiling"] = ceiling
-    write_json(Path(args.output_dir) / "metrics.json", metrics)
+        nested = {"states": script.ceiling_states, "batch_size": script.sampling_batch_size, "seed": args.seed}
+        ceiling = explained_variance_ceiling(policy, tokenizer, held_out, settings, gamma, **nested)
+    evaluation = evaluate_lenvm(saved, held_out, fit_on=train, policy=policy, seed=args.seed)
+    sampling = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, {settings.max_new_tokens} tokens"
+    facts = {"generator": name, "task": script.task, "sampling": sampling}
+    facts["trained on"] = f"{len(train):,} completions of {script.prompts:,} prompts, {args.num_train_epochs:g} epochs"
+    folder, title = Path(args.output_dir) / "report", f"Length critic of {name}"
+    page = write_length_report(evaluation, folder, title=title, tokenizer=tokenizer, facts=facts, ceiling=ceiling)
     print(summary(evaluation, ceiling), f"The whole page: {page}", sep="\n")
 
 
