@@ -4,7 +4,7 @@
 
 1. Supervised training of a small Llama on verbose solutions of chain arithmetic (TRL's SFTTrainer): first the single
    steps, then solutions with the single steps mixed in.
-2. recipes/pretrain_lenvm.py on its rollouts, with that recipe's defaults.
+2. recipes/pretrain_lenvm.py on its rollouts, with the settings of the critic that ships; its defaults are newer.
 3. metrics.json with what both achieve on held-out problems; the card in lenvm_rl/assets quotes it.
 """
 
@@ -42,6 +42,8 @@ from lenvm_rl.tasks.arithmetic import (
 from reward_fns import accuracy_reward
 
 SETTINGS = SamplingSettings(max_new_tokens=128)
+CRITIC_FLAGS = ["--prompts", "2000", "--completions_per_prompt", "6", "--per_device_train_batch_size", "128"]
+CRITIC_FLAGS += ["--learning_rate", "1e-3", "--packing", "false"]
 
 
 @dataclass
@@ -152,7 +154,8 @@ def main() -> None:
     pretrain = [sys.executable, str(Path(__file__).with_name("pretrain_lenvm.py"))]
     generator = ["--generator", str(output / "policy"), "--generator_name", "embedded/policy"]
     critic = output / "length_critic"
-    subprocess.run([*pretrain, *generator, "--seed", str(args.seed), "--output_dir", str(critic)], check=True)
+    where = ["--seed", str(args.seed), "--output_dir", str(critic)]
+    subprocess.run([*pretrain, *generator, *CRITIC_FLAGS, *where], check=True)
     metrics = {
         "policy": score.to_dict(),
         "length_critic": json.loads((critic / "report" / "metrics.json").read_text()),

@@ -71,7 +71,7 @@ def main() -> None:
         token_budget=args.token_budget,
         seed=args.seed,
     )
-    facts = {"critic": args.lenvm, "generator": critic.config.generator or "not recorded", "rollouts": args.rollouts}
+    facts = {"critic": args.lenvm, "generator": critic.config.generator or "not recorded", "read from": args.rollouts}
     page = write_length_report(
         evaluation, args.output_dir, title=f"Length critic {Path(args.lenvm).name}", tokenizer=tokenizer, facts=facts
     )
