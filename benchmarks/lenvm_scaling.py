@@ -9,7 +9,7 @@ points can be compared. A finished point is a JSON file below --runs and is not 
 docs/data/lenvm_scaling.json, the figures docs/figures/lenvm_scaling.png and lenvm_ablations.png, and the tables between
 the markers in docs/pretraining.md.
 
-One core: about 40 minutes for two seeds.
+One core: half an hour for a seed.
 """
 
 import json
@@ -26,6 +26,7 @@ import matplotlib
 import numpy as np
 import torch
 from datasets import Dataset
+from marked import write_between
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaModel, set_seed
 
 from lenvm_rl.assets import model_path
@@ -53,7 +54,6 @@ GAMMA = 0.01 ** (1 / LIMIT)
 """Of the embedded critic; all points are compared in its values."""
 WIDE, DEEP = (500, 16), (4_000, 4)
 """Prompts and completions of the two sets of rollouts that the points take theirs from."""
-MARKERS = "<!-- lenvm_scaling: begin -->", "<!-- lenvm_scaling: end -->"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def main() -> None:
     draw_scaling(results, docs / "figures" / "lenvm_scaling.png")
     draw_ablations(results["ablation"], docs / "figures" / "lenvm_ablations.png")
     text = tables(results)
-    insert(docs / "pretraining.md", text)
+    write_between(docs / "pretraining.md", "lenvm scaling", text)
     print(text)
 
 
@@ -239,13 +239,16 @@ def tables(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
     """Markdown of all studies."""
     lines: list[str] = []
     for study, points in results.items():
+        several = any(len(runs) > 1 for runs in points.values())
         lines += [
-            f"| {study} | validation MSE (range) | explained variance | error, tokens | MRE at the prompt |",
+            f"| {study} | validation MSE{' (range)' if several else ''} "
+            "| explained variance | error, tokens | MRE at the prompt |",
             "|---|---|---|---|---|",
         ]
         for name, runs in points.items():
             losses = [point["mean_squared_error"] for point in runs]
-            spread = f"{statistics.mean(losses):.5f} ({min(losses):.5f} to {max(losses):.5f})"
+            spread = f"{statistics.mean(losses):.5f}"
+            spread += f" ({min(losses):.5f} to {max(losses):.5f})" if len(losses) > 1 else ""
             label = f"{name} ({runs[0]['parameters'] / 1e3:,.0f} k parameters)" if study == "hidden size" else name
             lines.append(
                 f"| {label} | {spread} | {mean(runs, 'explained_variance'):.4f} "
@@ -255,14 +258,6 @@ def tables(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
     lines += ["![Validation loss over data and size](figures/lenvm_scaling.png)", ""]
     lines += ["![Validation loss of the ablations](figures/lenvm_ablations.png)"]
     return "\n".join(lines)
-
-
-def insert(page: Path, text: str) -> None:
-    """Put the tables between the markers of a page, if it has them."""
-    begin, end = MARKERS
-    if page.exists() and begin in (content := page.read_text()):
-        before, after = content.split(begin)[0], content.split(end)[1]
-        page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def draw_scaling(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> None:
