@@ -17,7 +17,8 @@ import yaml
 from lenvm_rl.evaluation.contest import Entry, build_length_reward
 from lenvm_rl.evaluation.contest_report import RUN_FILE, START, read_run
 from lenvm_rl.evaluation.report import write_json
-from lenvm_rl.experiment import last_checkpoint, read_contender_flags
+from lenvm_rl.experiment import read_contender_flags
+from lenvm_rl.trainers.checkpoint import INCOMPLETE_FOLDER, last_checkpoint
 from lenvm_rl.trainers.grpo import check_limits
 from lenvm_rl.worker_pool import Job
 
@@ -114,6 +115,6 @@ def share_done(folder: Path) -> float:
 
 def remove_checkpoints(folder: Path) -> None:
     """Of a finished run: nobody will resume it."""
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob(INCOMPLETE_FOLDER)):
         shutil.rmtree(checkpoint)
     (folder / _PROGRESS_FILE).unlink(missing_ok=True)

@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from lenvm_rl.advantages.statistics import explained_variance_of_sums
 from lenvm_rl.length import remaining_to_value, value_to_remaining
-from lenvm_rl.model import LengthValueModel
 
 TOKEN_BUDGET = 16_384
 """Tokens of one critic forward, padding included; a single longer sequence still runs alone."""
@@ -59,7 +58,7 @@ class LengthCritic:
     """Scores rollouts with a frozen Length Value Model under accelerate.
 
     Args:
-        model: the critic, on its device, or an engine around a sharded one.
+        model: the critic on its device, or anything that is called like it, such as a sharded one.
         accelerator: the trainer's accelerator.
         gamma: the critic's discount.
         token_budget: tokens of one forward, padding included.
@@ -69,7 +68,7 @@ class LengthCritic:
     """
 
     def __init__(
-        self, model: LengthValueModel, accelerator: Accelerator, *, gamma: float, token_budget: int = TOKEN_BUDGET
+        self, model: nn.Module, accelerator: Accelerator, *, gamma: float, token_budget: int = TOKEN_BUDGET
     ) -> None:
         if token_budget < 1:
             raise ValueError(f"token_budget must be at least 1, got {token_budget}.")

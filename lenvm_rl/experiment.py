@@ -1,7 +1,8 @@
 """One training run, from names to results: what the GRPO recipes do once they have read their arguments.
 
 1. Load policy and task, build the trainer with the method's length reward beside the task's own.
-2. Evaluate, train, save, evaluate again; in between, one Ctrl-C ends training after the current step.
+2. Evaluate, train, save, evaluate again; in between, Ctrl-C or SIGTERM ends training after the current step, or after
+   the next one that a run can be continued from, if it saves checkpoints.
 3. Leave a policy with its card, curves, `outcomes.npz` (what each evaluation said of every held-out problem) and, last
    of all, `summary.json`: a folder that holds it is a run that came to its end.
 """
@@ -27,6 +28,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import WandbCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from lenvm_rl.assets import model_path
@@ -34,11 +36,13 @@ from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.evaluation.accuracy import Score, evaluate_policy
 from lenvm_rl.evaluation.contest import build_length_reward, find_contender, read_value, trainer_flags
 from lenvm_rl.evaluation.report import comparison_table, console, sample_table, write_results
-from lenvm_rl.launch import check_model, distributed_summary, parse
+from lenvm_rl.launch import TERMINATED, check_model, distributed_summary, parse
 from lenvm_rl.sampling import SamplingSettings, end_token_ids, sample_texts
 from lenvm_rl.tasks import Task, load_task
 from lenvm_rl.trainers.callbacks import StopOnInterrupt, TrainingProgress
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
+from lenvm_rl.trainers.wandb_offline import WandbOrOffline
+from lenvm_rl.trainers.whole_policy import whole_policy
 
 OUTCOMES_FILE = "outcomes.npz"
 
@@ -107,6 +111,7 @@ def run_experiment(
 
     Raises:
         ValueError: settings that contradict each other, a model folder that is none, problems that cannot be used.
+        SystemExit: SIGTERM ended the run, which left its results all the same.
     """
     started = time.perf_counter()
     method = "LenVM-GRPO" if args.length_critic and args.length_coef else "GRPO"
@@ -128,13 +133,13 @@ def run_experiment(
     )
     trainer, tokenizer = _build(policy_path, args, model_args, task, length_method)
     distributed = distributed_summary(trainer.accelerator)
-    if distributed["zero_stage"] == 3 and script.eval_problems:
-        raise ValueError(
-            "ZeRO-3 shards the policy, and the evaluation samples from a whole one: set --eval_problems 0."
-        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    interrupt = StopOnInterrupt(trainer.accelerator)
+    if "wandb" in (args.report_to or ()):
+        trainer.remove_callback(WandbCallback)
+        trainer.add_callback(WandbOrOffline())
+    saves = args.save_strategy != "no"
+    interrupt = StopOnInterrupt(trainer.accelerator, lambda: trainer.at_window_end or not saves)
     for added in (TrainingProgress(), interrupt, SaveOnInterrupt(interrupt)):
         trainer.add_callback(added)
     if script.progress_file:
@@ -146,44 +151,47 @@ def run_experiment(
     training_seconds = 0.0
     if not script.evaluate_only:
         began = time.perf_counter()
-        if not _load_trained(trainer, args):
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        checkpoint = trainer.checked_checkpoint(args.resume_from_checkpoint)
+        if not _load_trained(trainer, args, checkpoint):
+            trainer.train(resume_from_checkpoint=checkpoint)
         training_seconds = time.perf_counter() - began
         trainer.save_model()
         if not interrupt.interrupted:
             evaluation.run("after")
 
-    if not trainer.accelerator.is_main_process:
-        return
-    output = Path(str(args.output_dir))
-    output.mkdir(parents=True, exist_ok=True)
-    evaluation.save_outcomes(output / OUTCOMES_FILE)
-    write_results(
-        output,
-        policy=str(model_args.model_name_or_path),
-        critic=args.length_critic if args.length_coef else None,
-        method=method,
-        task=task.name,
-        scores=evaluation.scores,
-        log_history=trainer.state.log_history,
-        summary={
-            "steps": trainer.state.global_step,
-            "interrupted": interrupt.interrupted,
-            "seconds": time.perf_counter() - started,
-            "training_seconds": training_seconds,
-            **_spent(trainer.state.log_history, args.logging_steps),
-            "distributed": distributed,
-            "method": method,
-            "reward": asdict(length_method) if length_method else None,
-            "config": {**asdict(model_args), **asdict(script), **args.to_dict()},
-        },
-    )
-    out = console()
-    if script.eval_problems:
-        out.print(sample_table(evaluation.shown["prompt"], evaluation.texts))
-        out.print(comparison_table(evaluation.scores, title=task.name))
-    ended = "Interrupted" if interrupt.interrupted else "Done"
-    out.print(f"{ended} after {trainer.state.global_step} steps: {args.output_dir}/")
+    if trainer.accelerator.is_main_process:
+        output = Path(str(args.output_dir))
+        output.mkdir(parents=True, exist_ok=True)
+        evaluation.save_outcomes(output / OUTCOMES_FILE)
+        write_results(
+            output,
+            policy=str(model_args.model_name_or_path),
+            critic=args.length_critic if args.length_coef else None,
+            method=method,
+            task=task.name,
+            scores=evaluation.scores,
+            log_history=trainer.state.log_history,
+            summary={
+                "steps": trainer.state.global_step,
+                "interrupted": interrupt.interrupted,
+                "seconds": time.perf_counter() - started,
+                "training_seconds": training_seconds,
+                **_spent(trainer.state.log_history, args.logging_steps),
+                "distributed": distributed,
+                "method": method,
+                "reward": asdict(length_method) if length_method else None,
+                "config": {**asdict(model_args), **asdict(script), **args.to_dict()},
+            },
+        )
+        out = console()
+        if script.eval_problems:
+            out.print(sample_table(evaluation.shown["prompt"], evaluation.texts))
+            out.print(comparison_table(evaluation.scores, title=task.name))
+        ended = "Interrupted" if interrupt.interrupted else "Done"
+        out.print(f"{ended} after {trainer.state.global_step} steps: {args.output_dir}/")
+    if interrupt.terminated:
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the others with the first one that is gone
+        raise SystemExit(TERMINATED)
 
 
 Arguments = tuple[ExperimentArguments, LenVMGRPOConfig, ModelConfig, LengthMethod | None]
@@ -254,10 +262,12 @@ def _build(
     return trainer, tokenizer
 
 
-def _load_trained(trainer: LenVMGRPOTrainer, args: LenVMGRPOConfig) -> bool:
+def _load_trained(trainer: LenVMGRPOTrainer, args: LenVMGRPOConfig, checkpoint: str | None) -> bool:
     """Load a checkpoint at the last step, from which transformers (5.x) would train one step more; False for others."""
-    state = Path(str(args.resume_from_checkpoint)) / "trainer_state.json"
-    if args.max_steps < 1 or not state.is_file() or json.loads(state.read_text())["global_step"] < args.max_steps:
+    if checkpoint is None or args.max_steps < 1:
+        return False
+    state = Path(checkpoint) / "trainer_state.json"
+    if json.loads(state.read_text())["global_step"] < args.max_steps:
         return False
     trainer.state = TrainerState.load_from_json(str(state))
     trainer._load_from_checkpoint(str(state.parent))
@@ -282,11 +292,8 @@ class Evaluation:
         if self.script.eval_problems == 0:
             return
         accelerator = self.trainer.accelerator
-        model = accelerator.unwrap_model(self.trainer.model)
-        if accelerator.state.deepspeed_plugin is not None:  # leaves the model where it is until training starts
-            model.to(accelerator.device)
         recorded = RecordedReward(self.task.reward_funcs[0])
-        with accelerator.autocast():
+        with whole_policy(self.trainer) as model, accelerator.autocast():
             self.scores[name] = evaluate_policy(
                 model,
                 self.tokenizer,
@@ -362,17 +369,3 @@ class ProgressFile(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.path.write_text(f"{state.global_step}/{state.max_steps}\n")
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The latest checkpoint in a run's folder that was saved whole; None without one.
-
-    transformers writes `trainer_state.json` after everything else (5.x), so where it can be read the rest is there.
-    """
-    found = []
-    for folder in output_dir.glob("checkpoint-*"):
-        try:
-            found.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], folder))
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(found)[1] if found else None

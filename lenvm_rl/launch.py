@@ -13,8 +13,12 @@ import yaml
 from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
+from lenvm_rl.launch_check import avoid_compiled_collectives
+
 USER_ERROR = 2
 INTERRUPTED = 130
+TERMINATED = 143
+"""Exit code of a process that SIGTERM ended."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -54,7 +58,8 @@ def parse(parser: ArgumentParser, default_config: Path, flags: Sequence[str] | N
     if accelerator is None or accelerator.type == "mps":  # Apple's GPUs lack the float64 of our statistics
         # TRL trains in bf16 on an accelerator unless told otherwise, and refuses to start without one
         parser.set_defaults(use_cpu=True, bf16=False, dataloader_pin_memory=False)
-        _avoid_compiled_collectives()
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            avoid_compiled_collectives()
     flags = sys.argv[1:] if flags is None else flags
     # TRL knows no --config=FILE (1.16)
     arguments = [part for a in flags for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
@@ -67,14 +72,6 @@ def parse(parser: ArgumentParser, default_config: Path, flags: Sequence[str] | N
     except yaml.YAMLError as error:
         config = arguments[arguments.index("--config") + 1]
         raise ValueError(f"The config file {config} is no valid YAML: {error}") from error
-
-
-def _avoid_compiled_collectives() -> None:
-    """DeepSpeed on a CPU compiles a shared-memory collective at its first start; gloo needs no compiler and serves."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def distributed_summary(accelerator: Accelerator) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainerControl
 
 from lenvm_rl import experiment
-from lenvm_rl.experiment import ProgressFile, RecordedReward, SaveOnInterrupt, last_checkpoint
+from lenvm_rl.experiment import ProgressFile, RecordedReward, SaveOnInterrupt
 
 
 def test_a_recorded_reward_keeps_what_was_said_and_how_long_it_was():
@@ -45,15 +45,6 @@ def test_progress_is_written_by_the_main_process(tmp_path):
         SimpleNamespace(), SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=9), TrainerControl()
     )
     assert (tmp_path / "progress").read_text() == "3/9\n"
-
-
-def test_the_last_checkpoint_is_the_last_that_was_saved_whole(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, text in ((90, '{"global_step": 90}'), (100, '{"global_step": 100}'), (110, ""), (120, "{}")):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-130").mkdir()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
 
 
 def test_what_training_took_is_read_from_the_log():

@@ -56,7 +56,8 @@ def evaluate_policy(
         reward_func: a TRL reward function; None counts as not correct.
         settings: how to sample.
         threshold: reward from which a completion is correct.
-        accelerator: shares the problems over its processes; every process gets the whole score.
+        accelerator: shares the problems over its processes; every process gets the whole score. Collective: all of them
+            call `generate` equally often, as sharded policies need it.
         batch_size: problems sampled at once on each process.
         seed: of the sampling; torch's random state is left as it was.
 
@@ -67,9 +68,14 @@ def evaluate_policy(
         raise ValueError("There are no problems to evaluate on.")
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     own = problems.select(range(rank, len(problems), world))
+    most = math.ceil(len(problems) / world)  # problems of the first process, which has the most
     sums = torch.zeros(4, dtype=torch.float64)
     with seeded(seed + rank, model.device), progress_bar(name, total=len(own), visible=rank == 0) as advance:
-        for start in range(0, len(own), batch_size):
+        for start in range(0, most, batch_size):
+            if start >= len(own):
+                keep_in_step = prompt_token_ids(tokenizer, [problems[0]["prompt"]])
+                sample_completions(model, tokenizer, keep_in_step, settings)
+                continue
             rows = own.select(range(start, min(start + batch_size, len(own)))).to_dict()
             prompts = rows.pop("prompt")
             ids = prompt_token_ids(tokenizer, prompts)

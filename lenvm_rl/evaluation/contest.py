@@ -74,6 +74,19 @@ _DLER = {
 CONTENDERS: dict[str, Contender] = {
     "grpo": Contender("GRPO", trainer=_PLAIN),
     "lenvm": Contender("LenVM", trainer={"length_coef": 1.0}, knob="length_coef", sweep=(0.5, 1.0, 2.0)),
+    # at DLER's budget: groups that are all correct are replaced, too, and the others, where the task signal is strong,
+    # need a larger coefficient
+    "lenvm-resampled": Contender(
+        "LenVM, resampling",
+        trainer={
+            "length_coef": 5.0,
+            "dynamic_sampling": True,
+            "resample_correct_groups": True,
+            "max_resample_rounds": 2,
+        },
+        knob="length_coef",
+        sweep=(1.0, 3.0, 5.0),
+    ),
     "dler": Contender("DLER", "dler", {"limit": 48}, _DLER, knob="limit", sweep=(64, 48, 40, 32)),
     # dynamic sampling generates about twice as much; this is what DLER does with the budget of the others
     "dler-static": Contender(

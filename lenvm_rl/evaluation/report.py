@@ -125,12 +125,16 @@ CURVES = {
     "accuracy": ("share of correct completions", ("length/correct_rate",)),
     "completion length": ("tokens", ("completions/mean_length", "length/correct_tokens", "length/wrong_tokens")),
     "length critic": ("explained variance", ("length/explained_variance",)),
+    "length signal": ("coefficient", ("length/coef",)),
 }
 """Panels of the training figure: title -> label of the axis and the logged metrics in it."""
 
 
 def plot_training_curves(log_history: list[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Draw `CURVES` over the optimizer steps. Panels without data are left out; without any, no file is written."""
+    """Draw `CURVES` over the optimizer steps. Without any data no file is written.
+
+    Panels without data are left out, and that of a coefficient which nothing changes.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,6 +146,8 @@ def plot_training_curves(log_history: list[dict[str, Any]], path: Path, title: s
         for key in keys
     }
     panels = {name: (label, [k for k in keys if series[k]]) for name, (label, keys) in CURVES.items()}
+    if len({value for _, value in series["length/coef"]}) <= 1:
+        del panels["length signal"]
     panels = {name: panel for name, panel in panels.items() if panel[1]}
     if not panels:
         return

@@ -28,6 +28,7 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lenvm_rl.launch import TERMINATED
 from lenvm_rl.length import check_gamma, gamma_from_horizon
 from lenvm_rl.pretraining.data import completion_lengths
 from lenvm_rl.pretraining.generators import Generator, Skipped
@@ -37,9 +38,6 @@ from lenvm_rl.sampling import Prompt, SamplingSettings, prompt_token_ids
 from lenvm_rl.tokenizer_fingerprint import tokenizer_fingerprint
 
 __all__ = ["choose_gamma", "describe_gamma", "sample_rollouts", "shard_seed"]
-
-TERMINATED = 143
-"""Exit code of a process that SIGTERM ended."""
 
 
 def sample_rollouts(

@@ -27,6 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from lenvm_rl.advantages import gae
 from lenvm_rl.evaluation.length_scores import LengthValueStatistics
 from lenvm_rl.evaluation.prompt_scores import PromptScores, prompt_scores
+from lenvm_rl.launch_check import check_launch
 from lenvm_rl.length import check_gamma, logit_to_remaining, remaining_to_value
 from lenvm_rl.model import LengthValueModel, LengthValueOutput
 from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments
@@ -183,6 +184,7 @@ class LengthValueTrainer(Trainer):
             compute_metrics=self._add_to_metrics,  # type: ignore[arg-type]  # the form of batch_eval_metrics
             **kwargs,
         )
+        check_launch(self.accelerator)
         self._eval_collator = LengthValueCollator(pad_token_id)
         self._merge_on_save = False
         self._backbone = model.model

@@ -2,6 +2,7 @@
 
 import atexit
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -57,22 +58,34 @@ class TrainingProgress(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends training after the current step, on all processes; the second one at once."""
+    """Ctrl-C, or a scheduler's SIGTERM, ends training after a step, on all processes; a second Ctrl-C at once.
+
+    Args:
+        accelerator: of the trainer.
+        may_stop: says, alike on all processes, whether training may end with this step: a run that saves a checkpoint
+            then must be where it can be continued.
+
+    A second SIGTERM changes nothing: a scheduler sends one to every process, and a launcher passes its own on.
+    """
 
     interrupted: bool
     """Training was ended so; the same on all processes."""
+    terminated: bool
+    """SIGTERM reached this process."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.interrupted = False
+    def __init__(self, accelerator: Accelerator, may_stop: Callable[[], bool] = lambda: True) -> None:
+        self.accelerator, self.may_stop = accelerator, may_stop
+        self.interrupted = self.terminated = False
         self._asked = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.previous = signal.signal(signal.SIGINT, self._on_signal)
+        self.previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            signal.signal(signal.SIGINT, self.previous)  # no on_train_end follows
+        if number == signal.SIGTERM:
+            self.terminated = True
+        elif self._asked:
+            self._give_back()  # no on_train_end follows
             raise KeyboardInterrupt
         self._asked = True
 
@@ -82,9 +95,13 @@ class StopOnInterrupt(TrainerCallback):
             # the signal may reach the processes in different steps, or one of them while it waits here: what was agreed
             # decides, or one would stop alone
             stop = bool(self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device)))
-        if stop:
+        if stop and self.may_stop():
             self.interrupted = True
             control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        signal.signal(signal.SIGINT, self.previous)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig
 
+from lenvm_rl.launch_check import avoid_compiled_collectives, check_launch
 from lenvm_rl.trainers.finite_rewards import guard
 from lenvm_rl.trainers.resume import ResumableGRPOTrainer
 
@@ -118,6 +119,8 @@ class DRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            avoid_compiled_collectives()
         for name in ("drpo_lambda", "drpo_tau"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
@@ -172,6 +175,7 @@ class DRPOTrainer(ResumableGRPOTrainer):
         if reward_funcs is not None:
             reward_funcs = [guard(f) for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        check_launch(self.accelerator)
         weighed = self.reward_weights.nonzero().flatten().tolist()
         if len(weighed) != 1:
             raise ValueError(

@@ -8,21 +8,23 @@
 """
 
 import warnings
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from lenvm_rl.advantages import compute_advantages
 from lenvm_rl.assets import model_path
 from lenvm_rl.credit import gated_std, rescaled
 from lenvm_rl.critic import Calibration, LengthCritic
+from lenvm_rl.launch_check import check_launch
 from lenvm_rl.length import check_gamma
+from lenvm_rl.length_controller import SCHEDULES, LengthController, scheduled
 from lenvm_rl.model import LengthValueConfig, LengthValueModel
 from lenvm_rl.tokenizer_fingerprint import check_same_tokenizer
+from lenvm_rl.trainers.critic_placement import place_critic, whole_weights
 from lenvm_rl.trainers.finite_rewards import guard
 from lenvm_rl.trainers.group_sampling import PromptStream, Rollouts, refilled, signal_groups, unlogged
 from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig, check_limits
@@ -48,20 +50,20 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
     Raises:
         ValueError: a critic of another tokenizer, a gamma that contradicts the critic's, no critic although
             ``length_coef`` is not 0, an unknown ``length_gate_reward``, a reward whose ``limit`` no completion can
-            exceed, dynamic sampling from a stream of unknown length; during training a reward or a critic value that is
-            not finite.
+            exceed, dynamic sampling from a stream of unknown length, a launch that fell back to less than it asked for;
+            during training a reward or a critic value that is not finite.
 
     Logs, besides TRL's metrics (tokens count the policy's own tokens, EOS included): ``length/coef``,
-    ``length/gate_rate``, ``length/correct_rate``, ``length/correct_tokens``, ``length/wrong_tokens``,
-    ``length/tokens_per_correct``; with a critic also ``length/advantage_std`` (gated tokens),
+    ``length/gate_rate``, ``length/tokens``, ``length/correct_rate``, ``length/correct_tokens``,
+    ``length/wrong_tokens``, ``length/tokens_per_correct``; with a critic also ``length/advantage_std`` (gated tokens),
     ``length/predicted_tokens`` and ``length/true_tokens`` (at the prompt, finished completions),
     ``length/explained_variance`` and ``length/relative_error``. With dynamic sampling also ``sampling/rounds`` (of
     generation, the first included), ``sampling/kept_groups`` (of the batch, with a signal) and
     ``sampling/unfilled_groups`` (without); what describes the critic and the advantages is then of the batch that is
     trained on, all else and the table of completions of the first round, whose prompts nobody selected.
 
-    Guaranteed of a resumed run: what `resume.py` says; with dynamic sampling, the further prompts go on as well. Reward
-    functions with a state see all rounds, the completions that are dropped included.
+    Guaranteed of a resumed run: what `resume.py` says; the further prompts of dynamic sampling and the controller of
+    the coefficient go on as well. Reward functions with a state see all rounds, completions that are dropped included.
     """
 
     _tag_names = ["trl", "grpo", "lenvm"]  # noqa: RUF012 (TRL's own declaration)
@@ -94,12 +96,29 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         if reward_funcs is not None:
             reward_funcs = [guard(f) for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        check_launch(self.accelerator)
         self.credit = self.args.length_credit()
+        self.length_controller = self._prepare_controller()
         self._gate_column = self._find_gate_reward()
         check_limits(self.reward_funcs, self.max_completion_length)
         self.refill_prompts = self._prepare_refill() if self.args.dynamic_sampling else None
         self.length_critic = self._prepare_critic(length_critic)
         self._critic_reported = False
+
+    def _prepare_controller(self) -> LengthController | None:
+        settings = self.args.controller_settings()
+        if settings.kind in ("none", *SCHEDULES):
+            return None
+        return LengthController(settings, self.args.length_coef)
+
+    def _coefficient(self) -> float:
+        """Of the length signal in the batch that comes next."""
+        settings = self.args.controller_settings()
+        if self.length_controller is not None:
+            return self.length_controller.coef
+        if settings.kind in SCHEDULES:
+            return scheduled(settings, self.args.length_coef, self.state.global_step / max(self.state.max_steps, 1))
+        return self.args.length_coef
 
     def _find_gate_reward(self) -> int:
         name = self.args.length_gate_reward
@@ -120,21 +139,16 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         return PromptStream(len(self.train_dataset), self.args.seed)
 
     def stateful_parts(self) -> dict[str, Stateful]:
-        refill = {} if self.refill_prompts is None else {"refill_prompts": self.refill_prompts}
-        return super().stateful_parts() | refill
+        own = {"refill_prompts": self.refill_prompts, "length_controller": self.length_controller}
+        return super().stateful_parts() | {name: part for name, part in own.items() if part is not None}
 
     def _prepare_critic(self, model: LengthValueModel | None) -> LengthCritic | None:
         path = self.args.length_critic
         if model is None:
             if path is None:
                 return None
-            with _no_zero3_init():
+            with whole_weights():
                 model = LengthValueModel.from_pretrained(model_path(path), gamma=self.args.length_gamma)
-        elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise ValueError(
-                "length_critic was loaded while ZeRO-3 shards every model: load it before the LenVMGRPOConfig is made, "
-                "or set length_critic in the configuration to its path."
-            )
         elif self.args.length_gamma not in (None, model.config.gamma):
             raise ValueError(
                 f"length_gamma={self.args.length_gamma} contradicts the critic's own {model.config.gamma}: its values "
@@ -143,7 +157,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         check_same_tokenizer(self._tokenizer, model.config, policy_name=self.model.config._name_or_path)
         self._compare_sampling(model.config)
         return LengthCritic(
-            model.to(self.accelerator.device),
+            place_critic(model, self.accelerator, sharded=self.args.length_critic_placement == "sharded"),
             self.accelerator,
             gamma=check_gamma(model.config.gamma),
             token_budget=self.args.length_token_budget,
@@ -171,13 +185,17 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._mode = "train" if self.model.training else "eval"
+        self.credit = replace(self.credit, coef=self._coefficient())
         rollouts = self._rolled_out(inputs)
         tokens = _own_tokens(rollouts.batch).sum(1)
         # mask_truncated_completions empties the mask of what was cut, but its tokens were generated all the same
         tokens = torch.where(tokens == 0, rollouts.generated, tokens)
         self._log("length/coef", self.credit.coef)
-        for name, value in completion_metrics(tokens, *self._correct_and_gate(rollouts), self._sum).items():
+        metrics = completion_metrics(tokens, *self._correct_and_gate(rollouts), self._sum)
+        for name, value in metrics.items():
             self._log(f"length/{name}", value)
+        if self.length_controller is not None and self._mode == "train":
+            self.length_controller.observe(metrics["correct_rate"], metrics["tokens"])
         if self.refill_prompts is not None and self._mode == "train":
             rollouts = self._refilled(rollouts, self.refill_prompts)
         self._normalise(rollouts)
@@ -252,7 +270,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
             self.reward_weights,
             self.num_generations,
             aggregation=self.multi_objective_aggregation,
-            correct=correct if self.credit.coef != 0 else None,
+            correct=correct if self.credit.coef != 0 and not self.args.resample_correct_groups else None,
         )
 
     def _normalise(self, rollouts: Rollouts) -> None:
@@ -342,18 +360,3 @@ def _own_tokens(batch: dict[str, Any]) -> Tensor:
     """(B, T) bool: the tokens of the policy, neither padding nor the output of tools."""
     mask = batch["completion_mask"].bool()
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
-
-
-@contextmanager
-def _no_zero3_init() -> Iterator[None]:
-    """Load a plain replica although ZeRO-3 would have `from_pretrained` shard it.
-
-    A frozen critic is small beside policy, gradients and optimizer; as a replica its forwards are not collective and
-    its dtype is its own. There is no public switch (transformers 5.23): the reference to its settings is put aside.
-    """
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = reference

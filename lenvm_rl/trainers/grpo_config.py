@@ -8,7 +8,10 @@ from trl import GRPOConfig
 
 from lenvm_rl.advantages.compute import BACKEND_NAMES
 from lenvm_rl.credit import LengthCredit
+from lenvm_rl.launch_check import avoid_compiled_collectives
 from lenvm_rl.length import check_gamma
+from lenvm_rl.length_controller import ControllerSettings
+from lenvm_rl.trainers.critic_placement import check_placement
 from lenvm_rl.trainers.normalization import AdvantageNormalization
 
 
@@ -26,8 +29,42 @@ class LenVMGRPOConfig(GRPOConfig):
     length_gamma: float | None = None
     """Discount of the critic. None takes the one stored with it; official checkpoints store none and require it."""
 
+    length_critic_placement: str = "replica"
+    """Where the frozen critic lives: "replica", whole on every process and in its own dtype, or "sharded" over all of
+    them (ZeRO-3 only), for one that a GPU cannot hold beside the policy; every process still loads it whole into host
+    memory. A critic that was loaded under ZeRO-3 and given as an object is sharded in any case."""
+
     length_coef: float = 1.0
     """Weight s of the length advantage (LenVM eq. 27). Positive shortens, negative lengthens, 0 is plain GRPO."""
+
+    length_controller: str = "none"
+    """Lets the coefficient change, starting from `length_coef`: "accuracy" shortens as far as the share of correct
+    completions stays at a target, "tokens" reaches a mean length and holds it, "linear" and "cosine" are schedules."""
+
+    length_controller_target: float | None = None
+    """Share of correct completions ("accuracy"; None takes that of the first batches minus the margin), or mean tokens
+    of a completion ("tokens")."""
+
+    length_controller_margin: float = 0.01
+    """Accuracy that may be given away, where the target is the policy's own start."""
+
+    length_controller_rate: float = 2.0
+    """Change of the coefficient's logarithm by one batch, for a slack of 1."""
+
+    length_controller_smoothing: float = 0.9
+    """Weight of the past in the mean of accuracy or length over batches."""
+
+    length_controller_warmup: int = 5
+    """Batches before the controller first changes the coefficient."""
+
+    length_controller_low: float = 0.01
+    """Least size of the controlled coefficient."""
+
+    length_controller_high: float = 10.0
+    """Largest size of the controlled coefficient."""
+
+    length_controller_end: float = 0.0
+    """Coefficient at the end of a schedule."""
 
     length_lambda: float = 1.0
     """lambda of the length advantage, in [0, 1]: 1 is return minus value, 0 the one-step residual (LenVM eq. 24)."""
@@ -48,6 +85,11 @@ class LenVMGRPOConfig(GRPOConfig):
     length_token_budget: int = 16_384
     """Tokens of one critic forward, padding included. Lower it when the critic runs out of memory."""
 
+    vllm_importance_sampling_mode: str = "token_truncate"
+    """How TRL corrects for vLLM's own probabilities: here by each token's ratio, cut at
+    `vllm_importance_sampling_clip_max`. TRL's default "sequence_mask" takes one ratio per completion, which strays
+    further the longer it is, and drops those beyond the limit: long reasoning would teach nothing."""
+
     advantage_backend: str = "auto"
     """Implementation of the advantage computation: "auto" (the CUDA kernel where it runs, else "torch"), "torch",
     "triton", or "reference" (a slow float64 loop)."""
@@ -61,16 +103,25 @@ class LenVMGRPOConfig(GRPOConfig):
     """Replace groups whose completions all earned the same by groups of further prompts. With a length signal, a group
     with a correct completion stays. Which prompts follow is seeded, and saved with checkpoints."""
 
+    resample_correct_groups: bool = False
+    """With `dynamic_sampling` and a length signal: replace groups whose completions are all correct, too. The length
+    signal is then that of prompts that teach correctness as well, and more is generated for a batch."""
+
     max_resample_rounds: int = 4
     """Rounds of further generation for one batch. What is then still missing is filled up with groups without a signal,
     whose advantages are 0 and which take no part in the normalisation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            avoid_compiled_collectives()  # here, since ZeRO-3 connects when the policy is loaded, before any trainer
         self.length_credit()
+        self._check_controller()
         self._check_sampling()
         if self.length_gamma is not None:
             check_gamma(self.length_gamma, "length_gamma")
+        plugin = self.deepspeed_plugin
+        check_placement(self.length_critic_placement, plugin.zero_stage if plugin is not None else None)
         if self.length_token_budget < 1:
             raise ValueError(f"length_token_budget must be at least 1, got {self.length_token_budget}.")
         if self.advantage_backend not in BACKEND_NAMES:
@@ -103,6 +154,8 @@ class LenVMGRPOConfig(GRPOConfig):
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} scales each reward function by "
                 "itself: choose one of the two."
             )
+        if self.resample_correct_groups and not self.dynamic_sampling:
+            raise ValueError("resample_correct_groups does nothing by itself: set dynamic_sampling=True, too.")
         if self.max_resample_rounds < 1:
             raise ValueError(f"max_resample_rounds must be at least 1, got {self.max_resample_rounds}.")
         assert self.steps_per_generation is not None and self.num_generations is not None  # TRL has just seen to it
@@ -114,6 +167,27 @@ class LenVMGRPOConfig(GRPOConfig):
                 f"steps_per_generation={self.steps_per_generation}) are no multiple of "
                 f"num_generations={self.num_generations}: raise steps_per_generation or the batch size."
             )
+
+    def _check_controller(self) -> None:
+        kind = self.controller_settings().kind
+        if kind != "none" and self.length_coef == 0.0:
+            raise ValueError(
+                f"length_controller={kind!r} starts from length_coef, which is 0: set it to where the coefficient "
+                "should start."
+            )
+
+    def controller_settings(self) -> ControllerSettings:
+        return ControllerSettings(
+            kind=self.length_controller,  # type: ignore[arg-type]
+            target=self.length_controller_target,
+            margin=self.length_controller_margin,
+            rate=self.length_controller_rate,
+            smoothing=self.length_controller_smoothing,
+            warmup=self.length_controller_warmup,
+            low=self.length_controller_low,
+            high=self.length_controller_high,
+            end=self.length_controller_end,
+        )
 
     def length_credit(self) -> LengthCredit:
         return LengthCredit(

@@ -29,6 +29,7 @@ def completion_metrics(
     completions, total, solved, solved_tokens, gates = reduce(sums).tolist()
     return {
         "gate_rate": gates / completions,
+        "tokens": total / completions,
         "correct_rate": solved / completions,
         "correct_tokens": _ratio(solved_tokens, solved),
         "wrong_tokens": _ratio(total - solved_tokens, completions - solved),

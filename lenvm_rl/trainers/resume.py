@@ -6,23 +6,33 @@
    first permutation from the second epoch on: its sampler's generator is not saved. Here the permutations are drawn
    again up to the epoch, so a run without interruption sees the prompts that it sees under TRL.
 
-The guarantee holds for a checkpoint between two generation batches: `save_steps * gradient_accumulation_steps` must be
-a multiple of `steps_per_generation * num_iterations`, since TRL does not save a batch that is in use. It also needs the
-same number of processes, and map-style datasets.
+3. TRL does not save a generation batch that is in use. A checkpoint that falls due inside one
+   (`steps_per_generation * num_iterations` batches of an optimizer) waits for its end.
+4. A checkpoint is whole or absent, and is checked before a run resumes from it (`checkpoint.py`).
+
+The guarantee needs the same number of processes, and map-style datasets.
 """
 
 import json
-from collections.abc import Iterator
+import logging
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from lenvm_rl.atomic_file import atomic_file
+from lenvm_rl.trainers import checkpoint as checkpoints
+from lenvm_rl.trainers.full_disk import says_what_to_do
+from lenvm_rl.trainers.prompts import check_prompts
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "lenvm_rl_state.json"
 
@@ -66,18 +76,77 @@ class EpochOfSampler(TrainerCallback):
             self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))  # 1.33 in the middle of the second one
 
 
+class AlignedSaves(TrainerCallback):
+    """Lets a checkpoint that falls due inside a generation window wait for its end; the last one of a run is the last.
+
+    Args:
+        at_window_end: says whether the next step begins with new rollouts.
+    """
+
+    def __init__(self, at_window_end: Callable[[], bool]) -> None:
+        self.at_window_end = at_window_end
+        self._waiting = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        aligned = self.at_window_end()
+        if control.should_save and not aligned and not (control.should_training_stop or _is_last(state)):
+            if not self._waiting and state.is_world_process_zero:
+                logger.warning(
+                    f"The checkpoint due at step {state.global_step} waits until its rollouts are used up: a run "
+                    "resumed from here could not have them back."
+                )
+            control.should_save = False
+            self._waiting = True
+        elif aligned and self._waiting:
+            control.should_save = True
+        if control.should_save:
+            self._waiting = False
+
+
 class ResumableGRPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer` with the state that TRL does not save.
+    """`trl.GRPOTrainer` with the state that TRL does not save, and checkpoints that are whole or absent.
 
     Raises:
-        ValueError: on saving, a state that JSON cannot hold; on resuming, a checkpoint without the state that this run
-            needs.
+        ValueError: a row without a prompt; a best model to be chosen inside a generation window; on saving, a state
+            that JSON cannot hold; on resuming, a checkpoint that is not whole, of another number of processes, or
+            without the state that this run needs.
+        OSError: a checkpoint that does not fit on the disk; the ones before it are as they were.
     """
+
+    args: Any  # a GRPOConfig, whose numbers are all set once it is made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_prompts(self.train_dataset)
+        self._check_best_model()
+        self._writing = False
+        self._checked: str | None = None
         self._epoch_of_sampler = EpochOfSampler()
-        self.add_callback(self._epoch_of_sampler)
+        self._aligned_saves = AlignedSaves(lambda: self.at_window_end)
+        for callback in (self._epoch_of_sampler, self._aligned_saves):
+            self.add_callback(callback)
+
+    @property
+    def at_window_end(self) -> bool:
+        """The next step begins with new rollouts, and a run can be continued from here."""
+        return self._step % self._window == 0
+
+    @property
+    def _window(self) -> int:
+        window: int = self.args.steps_per_generation * self.num_iterations
+        return window
+
+    def _check_best_model(self) -> None:
+        """The best model is that of an evaluation, and its checkpoint cannot wait."""
+        chosen = self.args.load_best_model_at_end or self.args.save_strategy == "best"
+        batches = self.args.eval_steps and self.args.eval_steps * self.args.gradient_accumulation_steps
+        if chosen and self.args.eval_strategy == "steps" and batches % self._window:
+            raise ValueError(
+                "save_strategy='best' and load_best_model_at_end need evaluations where a checkpoint can be saved, "
+                f"between two generation batches, but eval_steps={self.args.eval_steps} lies inside one: make "
+                "eval_steps * gradient_accumulation_steps a multiple of "
+                f"steps_per_generation * num_iterations = {self._window}."
+            )
 
     def stateful_parts(self) -> dict[str, Stateful]:
         """What is saved with a checkpoint, by name."""
@@ -99,17 +168,116 @@ class ResumableGRPOTrainer(GRPOTrainer):
         )
         return self._epoch_of_sampler.sampler
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, from a `checked_checkpoint`."""
+        resume = self.checked_checkpoint(resume_from_checkpoint)
+        self.remove_callback(self._aligned_saves)
+        self.add_callback(self._aligned_saves)  # sees what every other callback decided
+        return super().train(resume, *args, **kwargs)
+
+    def checked_checkpoint(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to resume from, after its files were compared with its manifest. Collective.
+
+        Args:
+            wanted: a path; True for the last checkpoint of the run that is whole, and "last" for the same or, where
+                there is none, None: what a scheduler can start again and again. Later ones that are not whole are named
+                in the log.
+
+        Raises:
+            ValueError: as the class says; for True, if there is none.
+        """
+        if wanted and wanted == self._checked:
+            return wanted
+        run = Path(self.args.output_dir)
+        self._on_each_disk(lambda: checkpoints.settle(run))
+        searched = wanted is True or wanted == "last"
+        if searched:
+            found = [checkpoints.last_checkpoint(run, _say_skipped) if self.is_world_process_zero() else None]
+            broadcast_object_list(found)
+            if found[0] is None and wanted is True:
+                raise ValueError(f"{str(run)!r} holds no checkpoint that is whole: start without resuming.")
+            wanted = None if found[0] is None else str(found[0])
+        if not wanted:
+            return None
+        folder = Path(str(wanted))
+        looks = self.is_local_process_zero() and not (searched and self.is_world_process_zero())
+        # all processes learn what one found, or the others would wait for it
+        if wrong := [fault for fault in gather_object([checkpoints.fault(folder) if looks else None]) if fault]:
+            other = checkpoints.last_checkpoint(folder.parent)
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} is not as it was saved: {wrong[0]}. "
+                + (f"Resume from {str(other)!r}, the last one that is whole." if other else "No other there is whole.")
+            )
+        self._check_origin(folder)
+        self._checked = str(folder)
+        return self._checked
+
+    def _check_origin(self, folder: Path) -> None:
+        about = checkpoints.about(folder)
+        if about["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} was saved by {about['processes']} processes, but "
+                f"{self.accelerator.num_processes} are running, and each has its own random state and its own prompts. "
+                "Launch as many, or begin a new run from its weights."
+            )
+        if not about["at_window_end"] and self.is_world_process_zero():
+            logger.warning(
+                f"The checkpoint {str(folder)!r} was the last of its run and lies inside a generation window: more "
+                "steps from here are not those of a run that was longer from the start."
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # where transformers writes a checkpoint (5.23)
+        run: str = super()._get_output_dir(trial)
+        return str(Path(run) / checkpoints.INCOMPLETE_FOLDER) if self._writing else run
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # before TRL's own files: a checkpoint that looks complete is complete
-        if self.args.should_save and (parts := self.stateful_parts()):
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_states(parts, folder)
-        super()._save_checkpoint(model, trial)
+        run = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = run / checkpoints.INCOMPLETE_FOLDER / name
+        self._on_each_disk(lambda: shutil.rmtree(folder.parent, ignore_errors=True))
+        with says_what_to_do(folder, run):
+            if self.args.should_save and (parts := self.stateful_parts()):
+                save_states(parts, folder)
+            self._writing = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing = False
+            if (best := self.state.best_model_checkpoint) and Path(best).parent == folder.parent:
+                self.state.best_model_checkpoint = str(run / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            about = {"processes": self.accelerator.num_processes, "at_window_end": self.at_window_end}
+            self._on_each_disk(lambda: checkpoints.publish(folder, run / name, about))
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(run / name))
+        if self.args.should_save:
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: it is uploaded in the background, under the name that it still lacks."""
+
+    def _on_each_disk(self, act: Callable[[], Any]) -> None:
+        """Once for all nodes where they share a disk: by the first process, then by the first of every node."""
+        for acts in (self.is_world_process_zero(), self.is_local_process_zero()):
+            if acts:
+                act()
+            self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (parts := self.stateful_parts()):
             load_states(parts, Path(checkpoint))
+
+
+def _say_skipped(checkpoint: Path, fault: str) -> None:
+    logger.warning(f"The checkpoint {str(checkpoint)!r} is passed over, since it is not as it was saved: {fault}.")
+
+
+def _is_last(state: TrainerState) -> bool:
+    return state.global_step >= state.max_steps
 
 
 def save_states(parts: dict[str, Stateful], folder: Path) -> None:

@@ -131,6 +131,19 @@ def test_processes_share_the_problems_and_get_the_score_of_one(evaluate, world):
         assert evaluate(length_reward, GREEDY, accelerator=process(rank, world, lambda own: total)) == alone
 
 
+# 16 problems: of three processes, one has six and two have five; of twenty, some have none
+@pytest.mark.parametrize("world, batch_size, expected", [(3, 5, 2), (3, 2, 3), (20, 4, 1), (1, 7, 3)])
+def test_all_processes_generate_equally_often(evaluate, policy, monkeypatch, world, batch_size, expected):
+    calls, generate = [], policy.generate
+    monkeypatch.setattr(policy, "generate", lambda **inputs: calls.append(None) or generate(**inputs))
+    counts = []
+    for rank in range(world):
+        evaluate(length_reward, GREEDY, accelerator=process(rank, world, lambda own: own + 1), batch_size=batch_size)
+        counts.append(len(calls))
+        calls.clear()
+    assert set(counts) == {expected}
+
+
 def test_every_problem_falls_to_one_process(evaluate, problems):
     seen = []
 

@@ -122,6 +122,10 @@ def test_panels_without_data_are_left_out(tmp_path, monkeypatch):
     assert accuracy.lines[0].get_xydata().tolist() == [[1.0, 0.8], [2.0, 0.9]]
     assert [line.get_label() for line in length.lines] == ["mean length", "correct tokens"]
     assert length.get_legend() is not None and accuracy.get_legend() is None
+    for coefficients, panels in (([1.0, 1.0], 2), ([1.0, 1.5], 3)):
+        log = [{**LOGS[0], "step": step, "length/coef": value} for step, value in enumerate(coefficients)]
+        plot_training_curves(log, tmp_path / "curves.png")
+        assert len(figures[-1].axes) == panels
 
 
 @pytest.mark.parametrize("log", [[], [{"step": 1, "loss": 0.1}], [{"step": 1, "length/correct_rate": None}]])

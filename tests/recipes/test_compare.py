@@ -14,7 +14,8 @@ import pytest
 from lenvm_rl.comparison import Comparison, remove_checkpoints
 from lenvm_rl.evaluation.contest import read_entries
 from lenvm_rl.evaluation.report import write_json
-from lenvm_rl.experiment import last_checkpoint, read_contender_flags
+from lenvm_rl.experiment import read_contender_flags
+from lenvm_rl.trainers.checkpoint import INCOMPLETE_FOLDER, last_checkpoint, publish
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "compare.py"
@@ -158,10 +159,13 @@ def test_a_run_that_was_killed_resumes_from_its_last_whole_checkpoint(tmp_path):
     comparison = Comparison(tmp_path, BASELINE, CONFIG)
     entries = read_entries(["hapo"])
     folder = tmp_path / "runs" / "hapo-1.0-seed0"
-    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"glob'), (12, None)):
-        (folder / f"checkpoint-{step}").mkdir(parents=True)
-        if state:
-            (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    for step in (9, 10, 11):
+        written = folder / INCOMPLETE_FOLDER / f"checkpoint-{step}"
+        written.mkdir(parents=True)
+        (written / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+        publish(written, folder / written.name, {})
+    (folder / "checkpoint-11" / "trainer_state.json").write_text('{"glob')
+    (folder / "checkpoint-12").mkdir()
     job = comparison.jobs(entries, seeds=1)[1]
     assert job.command[-2:] == ["--resume_from_checkpoint", str(folder / "checkpoint-10")]
     (folder / "progress").write_text("50/100\n")

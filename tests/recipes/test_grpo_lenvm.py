@@ -77,14 +77,27 @@ def test_plain_grpo_with_lora_is_two_flags(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_under_zero_2(tmp_path):
-    config = str(ROOT / "recipes" / "accelerate" / "cpu_zero2.yaml")
-    done = launch(*SMALL, "--output_dir", str(tmp_path / "run"), config=config)
+@pytest.mark.parametrize(
+    "file, kind, stage",
+    [("cpu_ddp", "MULTI_CPU", None), ("cpu_zero2", "DEEPSPEED", 2), ("cpu_zero3", "DEEPSPEED", 3)],
+)
+def test_two_processes_train_and_evaluate(tmp_path, file, kind, stage):
+    config = str(ROOT / "recipes" / "accelerate" / f"{file}.yaml")
+    # 13 problems for one process and 12 for the other: two calls of generate, and one
+    uneven = ["--eval_problems", "25", "--eval_batch_size", "12", "--max_steps", "1"]
+    # as on a machine without a compiler
+    done = launch(
+        *SMALL, *uneven, "--output_dir", str(tmp_path / "run"), config=config, CXX="/bin/false", CC="/bin/false"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["distributed"] == {"type": "DEEPSPEED", "num_processes": 2, "zero_stage": 2}
-    assert summary["steps"] == 2
-    assert summary["after"]["problems"] == 24
+    assert summary["distributed"] == {"type": kind, "num_processes": 2, "zero_stage": stage}
+    assert summary["steps"] == 1
+    assert summary["before"]["problems"] == summary["after"]["problems"] == 25
+    assert "shm_comm" not in done.stdout + done.stderr
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    start = AutoModelForCausalLM.from_pretrained(model_path("embedded/policy"))
+    assert not torch.equal(trained.model.norm.weight, start.model.norm.weight)
 
 
 @pytest.fixture

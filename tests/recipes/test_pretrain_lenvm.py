@@ -52,8 +52,9 @@ def test_the_recipe_leaves_a_critic_and_a_page_about_it(pretrained, policy_folde
     assert code == 0, said[-3000:]
     assert "noise floor" in said and "entropy of the first token" in said
     assert (folder / "lenvm" / "report" / "report.md").read_text().startswith(f"# Length critic of {policy_folder}")
-    metrics = json.loads((folder / "lenvm" / "metrics.json").read_text())
-    assert metrics["rollouts"] == 32 and metrics["prompt"]["prompts"] == 6
+    metrics = json.loads((folder / "lenvm" / "report" / "metrics.json").read_text())
+    assert metrics["rollouts"] == 24 and metrics["prompt"]["prompts"] == 6
+    assert metrics["trained on"].startswith("32 completions of 8 prompts")
     assert {"gamma", "cut", "mean_squared_error", "explained_variance", "explained_variance_ceiling"} <= metrics.keys()
     critic = LengthValueModel.from_pretrained(folder / "lenvm")
     assert critic.config.gamma == metrics["gamma"] and critic.config.max_tokens == 24
@@ -87,25 +88,21 @@ def test_a_critic_can_be_trained_further_and_with_adapters(pretrained, policy_fo
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_sample_and_train_together(policy_folder, tmp_path):
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--cpu"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate" / "cpu_ddp.yaml")]
+    launcher += ["--main_process_port", "0"]
     flags = ["--generator", policy_folder, "--rollouts_dir", str(tmp_path / "rollouts"), *SMALL]
+    flags += ["--output_dir", str(tmp_path / "lenvm")]
     done = subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            str(RECIPES / "pretrain_lenvm.py"),
-            *flags,
-            "--output_dir",
-            str(tmp_path / "lenvm"),
-        ],
+        [sys.executable, *launcher, str(RECIPES / "pretrain_lenvm.py"), *flags],
         capture_output=True,
         text=True,
         timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "lenvm" / "metrics.json").read_text())["rollouts"] == 32
+    assert (tmp_path / "rollouts" / "train" / ".lock-1").exists(), "the second process sampled nothing"
+    metrics = json.loads((tmp_path / "lenvm" / "report" / "metrics.json").read_text())
+    assert metrics["trained on"].startswith("32 completions of 8 prompts")
 
 
 def test_a_backbone_of_other_tokens_is_refused(policy_folder, tokenizer, tmp_path):

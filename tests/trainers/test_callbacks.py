@@ -81,6 +81,26 @@ def test_a_ctrl_c_that_comes_while_the_processes_agree_waits_for_the_next_step()
     stop.on_train_end(None, None, None)
 
 
+def test_sigterm_stops_as_ctrl_c_does_and_a_second_one_changes_nothing():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = begin(StopOnInterrupt(ALONE))
+    for _ in range(2):  # a scheduler's, and a launcher's
+        signal.raise_signal(signal.SIGTERM)
+    assert step(stop) and stop.interrupted and stop.terminated
+    stop.on_train_end(None, None, None)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_stops_where_it_can_be_continued():
+    ready = []
+    stop = begin(StopOnInterrupt(ALONE, lambda: bool(ready)))
+    ctrl_c()
+    assert not step(stop) and not stop.interrupted
+    ready.append(True)
+    assert step(stop) and stop.interrupted and not stop.terminated
+    stop.on_train_end(None, None, None)
+
+
 class CtrlCInStep(TrainerCallback):
     def __init__(self, step, times=1):
         self.step, self.times = step, times

@@ -354,6 +354,19 @@ def test_all_correct_groups_are_replaced_without_a_length_signal_and_stay_with_o
     assert ours.batches[0]["advantages"].any()
 
 
+def test_all_correct_groups_are_replaced_with_a_length_signal_where_that_is_asked_for(train, critic_folder):
+    def odd_are_easy(prompts, **_):
+        return [1.0 if int(prompt.split()[0]) % 2 else float(place % 2) for place, prompt in enumerate(prompts)]
+
+    options = {"dynamic_sampling": True, "max_resample_rounds": 20, "reward_funcs": odd_are_easy}
+    trainer = train(Recording, length_critic=critic_folder, resample_correct_groups=True, **options)
+    assert max(history(trainer, "sampling/rounds")) > 1
+    for batch in trainer.batches:
+        assert Counter(n % 2 for n in numbers(trainer, batch)) == {0: 8}
+    with pytest.raises(ValueError, match="set dynamic_sampling=True"):
+        train(length_critic=critic_folder, resample_correct_groups=True)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from lenvm_rl.trainers.checkpoint import INCOMPLETE_FOLDER, MANIFEST_FILE, fault
 from lenvm_rl.trainers.grpo import LenVMGRPOTrainer
-from lenvm_rl.trainers.resume import STATE_FILE, ReplayedSampler, load_states, save_states
+from lenvm_rl.trainers.resume import STATE_FILE, AlignedSaves, ReplayedSampler, load_states, save_states
 from reward_fns import HistoryAwareLengthReward, LaserDReward
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "length_coef": 0.0}
@@ -97,6 +98,93 @@ def test_the_sampler_is_trls_in_a_run_without_interruption_and_catches_up_after_
     assert list(resumed) == epochs[2]
     unannounced = ReplayedSampler(**options)
     assert [list(unannounced) for _ in range(3)] == epochs
+
+
+# When a checkpoint is saved
+
+
+@pytest.mark.parametrize(
+    ("window", "due", "saved"),
+    [(1, {3, 6}, [3, 6]), (4, {3, 6}, [4, 8]), (4, {1, 2, 3}, [4]), (4, {4}, [4]), (3, {7}, []), (4, {10}, [10])],
+)
+def test_a_checkpoint_due_inside_a_window_is_saved_at_its_end_and_the_last_one_where_the_run_ends(window, due, saved):
+    step, done = 0, []
+    callback = AlignedSaves(lambda: step % window == 0)
+    for step in range(1, 11 if 7 not in due else 9):
+        control = TrainerControl(should_save=step in due)
+        callback.on_step_end(None, TrainerState(global_step=step, max_steps=10), control)
+        done += [step] * control.should_save
+    assert done == saved
+
+
+def test_a_moved_checkpoint_is_said_once_and_resumes_exactly(train, prompts, caplog, tmp_path):
+    options = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1, "max_steps": 8}
+    options |= {"train_dataset": prompts(8), "per_device_train_batch_size": 4, "length_coef": 0.0}
+    options |= {"save_strategy": "steps", "save_steps": 3}
+    whole = train(**options)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    assert [r.message.split(" waits")[0] for r in caplog.records if "waits until" in r.message] == [
+        "The checkpoint due at step 3",
+        "The checkpoint due at step 6",
+    ]
+    resumed = train(**options, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert resumed.state.global_step == 8 and prompts_of(resumed) == prompts_of(whole)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
+
+
+def test_a_best_model_must_be_where_a_checkpoint_can_be(train, prompts):
+    options = {"eval_strategy": "steps", "eval_dataset": prompts(8), "num_iterations": 2}
+    with pytest.raises(ValueError, match=r"eval_steps=3 lies inside one: .*_generation \* num_iterations = 2"):
+        train(**options, **SAVING | {"save_strategy": "best"}, eval_steps=3, metric_for_best_model="eval_reward")
+
+
+def test_the_best_checkpoint_is_known_by_the_name_it_got(train, prompts, tmp_path):
+    options = {"eval_strategy": "steps", "eval_dataset": prompts(4), "eval_steps": 1, "max_steps": 2}
+    options |= {"metric_for_best_model": "eval_reward", "per_device_eval_batch_size": 8, "load_best_model_at_end": True}
+    train(**options, **SAVING | {"save_steps": 1})
+    for step in (1, 2):
+        saved = json.loads((tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert Path(saved["best_model_checkpoint"]).parent == tmp_path / "run"
+    assert fault(tmp_path / "run" / "checkpoint-1") is None
+
+
+def test_only_as_many_checkpoints_stay_as_asked(train, tmp_path):
+    train(max_steps=3, save_total_limit=2, **SAVING | {"save_steps": 1})
+    assert sorted(path.name for path in (tmp_path / "run").glob("*-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert not (tmp_path / "run" / INCOMPLETE_FOLDER).exists()
+
+
+# What a run resumes from
+
+
+def test_a_damaged_checkpoint_is_refused_or_passed_over_visibly(train, tmp_path, caplog):
+    run = tmp_path / "run"
+    options = {"max_steps": 3, **SAVING, "save_steps": 1}
+    train(**options)
+    (run / "checkpoint-3" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"not as it was saved: optimizer.pt is missing. Resume from .*-2'"):
+        train(**options, resume_from_checkpoint=str(run / "checkpoint-3"))
+    again = train(**options | {"save_strategy": "no"}, resume_from_checkpoint="last")
+    assert again.state.global_step == 3
+    assert "checkpoint-3' is passed over, since it is not as it was saved: optimizer.pt is missing." in caplog.text
+
+
+def test_last_begins_anew_where_there_is_nothing_and_true_does_not(train, tmp_path):
+    options = {"max_steps": 1, "length_coef": 0.0}
+    assert train(**options, resume_from_checkpoint="last").state.global_step == 1
+    trainer = train(**options)
+    with pytest.raises(ValueError, match=r"run' holds no checkpoint that is whole: start without resuming"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_more_processes_is_refused(train, tmp_path):
+    options = {"max_steps": 1, **SAVING, "save_steps": 1}
+    train(**options)
+    path = tmp_path / "run" / "checkpoint-1" / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(ValueError, match=r"saved by 2 processes, but 1 are running.*Launch as many"):
+        train(**options, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
 # In the trainer
