@@ -36,7 +36,7 @@ from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.evaluation.accuracy import Score, evaluate_policy
 from lenvm_rl.evaluation.contest import build_length_reward, find_contender, read_value, trainer_flags
 from lenvm_rl.evaluation.report import comparison_table, console, sample_table, write_results
-from lenvm_rl.launch import TERMINATED, check_model, distributed_summary, parse
+from lenvm_rl.launch import TERMINATED, check_model, distributed_summary, leave_group, parse
 from lenvm_rl.sampling import SamplingSettings, end_token_ids, sample_texts
 from lenvm_rl.tasks import Task, load_task
 from lenvm_rl.trainers.callbacks import StopOnInterrupt, TrainingProgress
@@ -191,6 +191,7 @@ def run_experiment(
         out.print(f"{ended} after {trainer.state.global_step} steps: {args.output_dir}/")
     if interrupt.terminated:
         trainer.accelerator.wait_for_everyone()  # a launcher ends the others with the first one that is gone
+        leave_group()
         raise SystemExit(TERMINATED)
 
 

@@ -30,6 +30,7 @@ def run(main: Callable[[], None]) -> None:
     transformers_logging.disable_progress_bar()
     try:
         main()
+        leave_group()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ImportError) as error:
@@ -40,6 +41,13 @@ def run(main: Callable[[], None]) -> None:
         where = "" if rank == "0" else f" on process {rank}"
         sys.stderr.write(f"error{where}: {' '.join(str(error).split())}\n")
         sys.exit(USER_ERROR)
+
+
+def leave_group() -> None:
+    """Close the connections to the other processes. A process that ends with them open is aborted now and then, by a
+    thread of theirs (gloo, torch 2.13), and its launcher reports a failure."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def parse(parser: ArgumentParser, default_config: Path, flags: Sequence[str] | None = None) -> tuple[Any, ...]:

@@ -166,6 +166,12 @@ def test_a_recipe_that_succeeds_returns():
     assert ran == [True]
 
 
+def test_a_recipe_leaves_without_open_connections(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    run(lambda: None)
+    assert not torch.distributed.is_initialized()
+
+
 def test_a_shell_sees_one_line_and_exit_code_2():
     script = "from lenvm_rl.launch import run\ndef main(): raise ValueError('no such task')\nrun(main)\n"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -5,7 +5,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from torch import nn, tensor
+from transformers import AutoModelForCausalLM
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from lenvm_rl.trainers.finite_rewards import guard
@@ -110,3 +112,21 @@ def test_a_guarded_reward_function_survives_pickling():
         assert copy(completions=["\\boxed{19}", "\\boxed{18}"], solution=["19", "19"]) == [1.0, 0.0]
         with pytest.raises(ValueError, match="'accuracy_reward' returned inf for row 0"):
             copy._checked([math.inf])
+
+
+def test_a_reward_too_few_ends_a_run_with_the_function_and_both_numbers(train):
+    def one_too_few(completions, **_):
+        return [1.0] * (len(completions) - 1)
+
+    with pytest.raises(ValueError, match="'one_too_few' returned 7 rewards, but 8 were expected"):
+        train(length_coef=0.0, reward_funcs=one_too_few)
+
+
+def test_a_batch_that_nobody_could_score_teaches_nothing(train, critic_folder, policy_folder):
+    def unscored(completions, **_):
+        return [None] * len(completions)
+
+    trainer = train(length_critic=critic_folder, reward_funcs=unscored, learning_rate=1.0, max_steps=1)
+    before = AutoModelForCausalLM.from_pretrained(policy_folder).state_dict()
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, before[name]), name

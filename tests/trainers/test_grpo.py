@@ -109,7 +109,7 @@ def test_every_documented_metric_is_logged(train, critic_folder):
     documented = set(re.findall(r"length/\w+", LenVMGRPOTrainer.__doc__))
     logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("length/")}
     assert documented == logged
-    assert len(documented) == 11
+    assert len(documented) == 12
 
 
 @pytest.mark.parametrize("gate", ["all", "correct", "solve_rate"])
