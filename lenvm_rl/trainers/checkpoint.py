@@ -63,6 +63,8 @@ def settle(run: Path) -> None:
 
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint: the first file that is missing or differs; None if it is as it was saved."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
     try:
         files = json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
     except (OSError, ValueError, KeyError):

@@ -88,6 +88,10 @@ def test_what_is_not_as_it_was_saved_is_named_and_passed_over(saved, tmp_path, d
     assert skipped == [(damaged, said)]
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
+    assert fault(tmp_path / "checkpoint-9") == "there is no such folder"
+
+
 def test_without_a_whole_checkpoint_there_is_no_last_one(written, tmp_path):
     assert last_checkpoint(tmp_path) is None
     written(1)
