@@ -4,20 +4,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from rollouts import rollout
 
 from lenvm_rl.evaluation.length_scores import LengthValueStatistics
 from lenvm_rl.pretraining.data import LengthValueCollator
 
 GAMMA = 0.9
-
-
-def rollout(prompt, length, finished=True, seed=0):
-    rng = random.Random(f"{seed} {prompt} {length}")
-    return {
-        "prompt_ids": prompt,
-        "completion_ids": [rng.randint(2, 100) for _ in range(length)],
-        "finished": finished,
-    }
 
 
 ROLLOUTS = [rollout([5, 6], 3), rollout([7], 9), rollout([5, 6], 4, finished=False), rollout([8, 8, 8], 1)]

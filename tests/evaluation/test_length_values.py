@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from rollouts import rollout
 from torch import tensor
 from transformers import AutoModelForCausalLM
 
@@ -14,15 +15,6 @@ from lenvm_rl.model import LengthValueModel
 from lenvm_rl.pretraining.data import LengthValueCollator
 
 GAMMA = 0.9
-
-
-def rollout(prompt, length, finished=True, seed=0):
-    rng = random.Random(f"{seed} {prompt} {length}")
-    return {
-        "prompt_ids": prompt,
-        "completion_ids": [rng.randint(2, 100) for _ in range(length)],
-        "finished": finished,
-    }
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import processes_of, wait_for
 
 from lenvm_rl.comparison import Comparison, remove_checkpoints
 from lenvm_rl.evaluation.contest import read_entries
@@ -36,25 +37,6 @@ def compare(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def wait_for(condition, process, seconds=240.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < until, "it ended, or nothing happened"
-        time.sleep(0.02)
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Ids of the processes whose command line names the folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(folder).encode() in entry.read_bytes():
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers outlive a comparison that is killed")
 def test_a_killed_comparison_goes_on_where_it_was_and_reports(tmp_path):
@@ -66,7 +48,7 @@ def test_a_killed_comparison_goes_on_where_it_was_and_reports(tmp_path):
     )
     finished, cut = output / "runs" / "hapo-1.0-seed0", output / "runs" / "dler-24-seed0"
     try:
-        wait_for(lambda: last_checkpoint(cut) is not None, first)
+        wait_for(lambda: last_checkpoint(cut) is not None, first, seconds=240)
     finally:
         first.kill()
         first.wait()
