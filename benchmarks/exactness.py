@@ -20,9 +20,9 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +32,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from datasets import Dataset
+from forks import fork
 from marked import DOCS, write_between
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback
 
@@ -203,19 +204,12 @@ def launched(launch: str, folder: Path, environment: list[dict[str, str]]) -> di
     Raises:
         ValueError: a process failed; it has said why.
     """
-    children = set()
-    for own in environment:
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                os.environ.update(own)
-                train_all(folder, launch)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.add(child)
+
+    def act(own: dict[str, str]) -> None:
+        os.environ.update(own)
+        train_all(folder, launch)
+
+    children = {fork(partial(act, own)) for own in environment}
     while children:
         child, status = os.wait()
         children.remove(child)
@@ -223,7 +217,7 @@ def launched(launch: str, folder: Path, environment: list[dict[str, str]]) -> di
             for other in children:  # it would wait for the one that failed
                 os.kill(other, signal.SIGKILL)
             raise ValueError(f"A process of {launch} failed.")
-    return torch.load(folder / f"{launch}.pt")
+    return torch.load(folder / f"{launch}.pt", weights_only=True)
 
 
 def differences(ours: dict[str, Any], single: dict[str, Any]) -> dict[str, Any]:

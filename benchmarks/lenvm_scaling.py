@@ -226,8 +226,8 @@ def evaluate(critic: LengthValueModel, held_out: Dataset) -> dict[str, float]:
         statistics_.add(z, tensors["labels"])
         for i, (row, member) in enumerate(zip(rows, members, strict=True)):
             values[row] = -torch.sigmoid(z[i, len(member["prompt_ids"]) - 1]).item()
-    lengths, finished = completion_lengths(held_out)
-    prompt = prompt_scores(values, lengths, finished, prompt_groups(held_out), GAMMA)
+    lengths, _ = completion_lengths(held_out)
+    prompt = prompt_scores(values, lengths, prompt_groups(held_out), GAMMA)
     return {**statistics_.scores().metrics(), "prompt_relative_error": prompt.relative_error}
 
 

@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from forks import fork
 from safetensors.torch import load_file
 
 from lenvm_rl.experiment import read_contender_flags, run_experiment
@@ -46,21 +46,15 @@ def forked(flags: list[str], log: Path, before: Callable[[], None] = lambda: Non
         log: file to which its output is added.
         before: called in the new process first.
     """
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with log.open("a") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            before()
-            run_experiment(*read_contender_flags(flags, CONFIG))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def act() -> None:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        before()
+        run_experiment(*read_contender_flags(flags, CONFIG))
+
+    return os.waitstatus_to_exitcode(os.waitpid(fork(act), 0)[1])
 
 
 def launched(flags: list[str], log: Path, launch_config: Path) -> int:

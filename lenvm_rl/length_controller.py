@@ -75,6 +75,19 @@ class ControllerSettings:
                 )
 
 
+def check_start(settings: ControllerSettings, coef: float) -> None:
+    """Refuse a controller or a schedule that begins at nothing.
+
+    Raises:
+        ValueError: a coefficient of 0, which has no logarithm and turns the length signal off.
+    """
+    if settings.kind != "none" and coef == 0.0:
+        raise ValueError(
+            f"length_controller={settings.kind!r} starts from length_coef, which is 0, and cannot leave 0: set it to "
+            "where the coefficient should start."
+        )
+
+
 class LengthController:
     """The coefficient and what it has seen; the same on every process.
 
@@ -87,11 +100,7 @@ class LengthController:
     """
 
     def __init__(self, settings: ControllerSettings, coef: float) -> None:
-        if coef == 0.0:
-            raise ValueError(
-                f"length_controller={settings.kind!r} multiplies the coefficient and cannot leave 0: set length_coef "
-                "to where it should start."
-            )
+        check_start(settings, coef)
         self.settings = settings
         self.coef = math.copysign(min(max(abs(coef), settings.low), settings.high), coef)
         self.target = settings.target

@@ -1,6 +1,5 @@
 """One progress bar for everything that samples; where stderr is a file, a line now and then instead."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -36,17 +35,18 @@ def progress_bar(name: str, total: int, *, done: int = 0, visible: bool = True) 
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not visible) as progress:
         task = progress.add_task(name, total=total, completed=done, rate="")
-        made, so_far, started = 0, done, time.monotonic()
-        said = started
+        made, said = 0, 0.0
+        in_lines = visible and not console.is_terminal
 
         def advance(completions: int, tokens: int) -> None:
-            nonlocal made, so_far, said
-            made, so_far, now = made + tokens, so_far + completions, time.monotonic()
-            elapsed = max(now - started, 1e-9)
+            nonlocal made, said
+            made += tokens
+            elapsed = max(progress.tasks[task].elapsed or 0.0, 1e-9)
             rate = f"{made / elapsed:,.0f} tokens/s"
             progress.update(task, advance=completions, rate=rate)
-            if visible and not console.is_terminal and now - said >= SECONDS_BETWEEN_LINES and so_far > done:
-                said = now
+            so_far = int(progress.tasks[task].completed)
+            if in_lines and elapsed - said >= SECONDS_BETWEEN_LINES and so_far > done:
+                said = elapsed
                 left = timedelta(seconds=round(elapsed * (total - so_far) / (so_far - done)))
                 console.print(f"{name}: {so_far:,} of {total:,}, {rate}, {left} left", highlight=False)
 

@@ -131,10 +131,9 @@ def evaluate_lenvm(
     return LengthEvaluation(
         gamma=gamma,
         scores=statistics.scores(),
-        prompt=prompt_scores(values, lengths, finished, groups, gamma, seed=seed),
+        prompt=prompt_scores(values, lengths, groups, gamma, seed=seed),
         baselines={
-            name: prompt_scores(guess[groups], lengths, finished, groups, gamma, seed=seed)
-            for name, guess in baselines.items()
+            name: prompt_scores(guess[groups], lengths, groups, gamma, seed=seed) for name, guess in baselines.items()
         },
         lengths=lengths,
         finished=finished,

@@ -52,14 +52,13 @@ class PromptScores:
 
 
 def prompt_scores(
-    values: np.ndarray, lengths: np.ndarray, finished: np.ndarray, groups: np.ndarray, gamma: float, *, seed: int = 0
+    values: np.ndarray, lengths: np.ndarray, groups: np.ndarray, gamma: float, *, seed: int = 0
 ) -> PromptScores:
     """Quality of predictions at the prompt (LenVM eq. 13-15).
 
     Args:
         values: (N,) V(s_0), once for each completion.
-        lengths: (N,) tokens of each completion, at least 1.
-        finished: (N,) bool; a cut completion counts with the length at which it was cut.
+        lengths: (N,) tokens of each completion, at least 1; of a cut one, those at which it was cut.
         groups: (N,) number of each completion's prompt.
         gamma: discount.
         seed: of the halvings behind the noise floor.

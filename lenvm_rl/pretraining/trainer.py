@@ -276,10 +276,10 @@ class LengthValueTrainer(Trainer):
     def _prompt_scores(self) -> PromptScores:
         rollouts: Any = self._evaluated
         order = np.array(list(_LongestFirst(rollouts)))
-        lengths, finished = completion_lengths(rollouts)
+        lengths, _ = completion_lengths(rollouts)
         values = np.empty(len(order))
         values[order] = self._statistics.first_values()[: len(order)]
-        return prompt_scores(values, lengths, finished, prompt_groups(rollouts), self.gamma)
+        return prompt_scores(values, lengths, prompt_groups(rollouts), self.gamma)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._merge_on_save = bool(self.args.lora_rank) and not _internal_call

@@ -98,6 +98,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         check_launch(self.accelerator)
         self.credit = self.args.length_credit()
+        self._controlled = self.args.controller_settings()
         self.length_controller = self._prepare_controller()
         self._gate_column = self._find_gate_reward()
         check_limits(self.reward_funcs, self.max_completion_length)
@@ -106,18 +107,17 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         self._critic_reported = False
 
     def _prepare_controller(self) -> LengthController | None:
-        settings = self.args.controller_settings()
-        if settings.kind in ("none", *SCHEDULES):
+        if self._controlled.kind in ("none", *SCHEDULES):
             return None
-        return LengthController(settings, self.args.length_coef)
+        return LengthController(self._controlled, self.args.length_coef)
 
     def _coefficient(self) -> float:
         """Of the length signal in the batch that comes next."""
-        settings = self.args.controller_settings()
         if self.length_controller is not None:
             return self.length_controller.coef
-        if settings.kind in SCHEDULES:
-            return scheduled(settings, self.args.length_coef, self.state.global_step / max(self.state.max_steps, 1))
+        if self._controlled.kind in SCHEDULES:
+            done = self.state.global_step / max(self.state.max_steps, 1)
+            return scheduled(self._controlled, self.args.length_coef, done)
         return self.args.length_coef
 
     def _find_gate_reward(self) -> int:

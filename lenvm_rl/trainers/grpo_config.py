@@ -10,7 +10,7 @@ from lenvm_rl.advantages.compute import BACKEND_NAMES
 from lenvm_rl.credit import LengthCredit
 from lenvm_rl.launch_check import avoid_compiled_collectives
 from lenvm_rl.length import check_gamma
-from lenvm_rl.length_controller import ControllerSettings
+from lenvm_rl.length_controller import ControllerSettings, check_start
 from lenvm_rl.trainers.critic_placement import check_placement
 from lenvm_rl.trainers.normalization import AdvantageNormalization
 
@@ -113,14 +113,14 @@ class LenVMGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.deepspeed_plugin is not None:
+        plugin = self.deepspeed_plugin
+        if plugin is not None:
             avoid_compiled_collectives()  # here, since ZeRO-3 connects when the policy is loaded, before any trainer
         self.length_credit()
-        self._check_controller()
+        check_start(self.controller_settings(), self.length_coef)
         self._check_sampling()
         if self.length_gamma is not None:
             check_gamma(self.length_gamma, "length_gamma")
-        plugin = self.deepspeed_plugin
         check_placement(self.length_critic_placement, plugin.zero_stage if plugin is not None else None)
         if self.length_token_budget < 1:
             raise ValueError(f"length_token_budget must be at least 1, got {self.length_token_budget}.")
@@ -166,14 +166,6 @@ class LenVMGRPOConfig(GRPOConfig):
                 f"(per_device_train_batch_size={self.per_device_train_batch_size} times "
                 f"steps_per_generation={self.steps_per_generation}) are no multiple of "
                 f"num_generations={self.num_generations}: raise steps_per_generation or the batch size."
-            )
-
-    def _check_controller(self) -> None:
-        kind = self.controller_settings().kind
-        if kind != "none" and self.length_coef == 0.0:
-            raise ValueError(
-                f"length_controller={kind!r} starts from length_coef, which is 0: set it to where the coefficient "
-                "should start."
             )
 
     def controller_settings(self) -> ControllerSettings:

@@ -14,7 +14,7 @@ def test_the_error_at_the_prompt_is_that_of_the_paper():
     # LenVM eq. 13-15, by hand: prompts of (2, 4) and (3,) tokens, predicted at lengths 3 and 6
     lengths, groups = np.array([2, 3, 4]), np.array([7, 1, 7])
     values = np.array([0.9**3 - 1, 0.9**6 - 1, 0.9**3 - 1])
-    scores = prompt_scores(values, lengths, np.ones(3, bool), groups, GAMMA)
+    scores = prompt_scores(values, lengths, groups, GAMMA)
     true = math.log((0.9**2 + 0.9**4) / 2) / math.log(0.9)
     assert scores.relative_error == pytest.approx(
         ((3 - true) / true * -1 + 1.0) / 2 if true > 3 else ((3 - true) / true + 1.0) / 2
@@ -32,7 +32,7 @@ def test_a_critic_that_knows_the_truth_scores_the_noise_floor(count):
     lengths = rng.geometric(stop[groups])
     known = -(1 - GAMMA) / (1 - GAMMA * (1 - stop))
     order = rng.permutation(len(groups))
-    scores = prompt_scores(known[groups][order], lengths[order], np.ones(len(groups), bool), groups[order], GAMMA)
+    scores = prompt_scores(known[groups][order], lengths[order], groups[order], GAMMA)
     # a difference of few lengths is not distributed as a mean of all: the floor is an estimate
     assert scores.noise_floor == pytest.approx(scores.relative_error, rel=0.15)
 
@@ -59,4 +59,4 @@ def test_the_entropy_of_the_first_token_is_that_of_the_policys_distribution(poli
 
 
 def test_no_completions_have_no_scores():
-    assert math.isnan(prompt_scores(*[np.zeros(0)] * 2, np.zeros(0, bool), np.zeros(0, int), GAMMA).relative_error)
+    assert math.isnan(prompt_scores(*[np.zeros(0)] * 2, np.zeros(0, int), GAMMA).relative_error)
