@@ -71,18 +71,19 @@ class Comparison:
     def jobs(self, entries: Sequence[Entry], seeds: int) -> list[Job]:
         """The evaluation of the policy before training, then every entry once for each seed, seed after seed."""
         about: dict[str, Any] = {"method": START, "knob": None, "knob_text": "", "seed": 0}
-        jobs = [self._job(START, about, ["--method", "grpo", "--evaluate_only"])]
+        jobs = [self.job(START, about, ["--method", "grpo", "--evaluate_only"])]
         for seed in range(seeds):
             for entry in entries:
                 text = f"-{entry.value_text}" if entry.value is not None else ""
                 about = {"method": entry.method, "knob": entry.value, "knob_text": entry.value_text, "seed": seed}
-                jobs.append(self._job(f"{entry.method}{text}-seed{seed}", about, _method_flags(entry)))
+                jobs.append(self.job(f"{entry.method}{text}-seed{seed}", about, _method_flags(entry)))
         return jobs
 
     def _shared_flags(self) -> list[str]:
         return ["--config", str(self.config), *self.flags]
 
-    def _job(self, name: str, about: dict[str, Any], own: list[str]) -> Job:
+    def job(self, name: str, about: dict[str, Any], own: list[str]) -> Job:
+        """One run: its folder, which is made here, and the command that starts it or goes on with it."""
         folder = self.output_dir / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RUN_FILE, about)

@@ -91,13 +91,7 @@ class LengthCritic:
         Raises:
             ValueError: an empty prompt; there is no state to score before its first token.
         """
-        prompt_lengths, lengths = prompt_mask.sum(1), completion_mask.sum(1)
-        if (prompt_lengths == 0).any():
-            row = int((prompt_lengths == 0).nonzero()[0])
-            raise ValueError(f"prompt {row} of the batch is empty: a length critic needs at least one prompt token.")
-        present = torch.cat([prompt_mask, completion_mask], 1).bool()
-        order = (~present).to(torch.uint8).argsort(dim=1, stable=True)  # present tokens first, in their order
-        ids = torch.cat([prompt_ids, completion_ids], 1).gather(1, order)
+        ids, prompt_lengths, lengths = without_padding(prompt_ids, prompt_mask, completion_ids, completion_mask)
         values = self._values(ids, prompt_lengths + lengths)
 
         first = (prompt_lengths - 1)[:, None]  # s_0 is the last prompt token
@@ -146,6 +140,22 @@ class LengthCritic:
             completions=int(completions),
         )
 
+    def learn(
+        self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float
+    ) -> dict[str, float]:
+        """What a critic that learns during the run does with rollouts that it has judged. A frozen one does nothing.
+
+        Args:
+            batch: `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`, as for `score`.
+            mask: (B, T) bool, the policy's own tokens.
+            targets: (B, T) Monte-Carlo returns of the states before each token.
+            explained_variance: how well it judged them.
+
+        Returns:
+            What to log of it.
+        """
+        return {}
+
     def _values(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """(B, P+T) values of right-padded rows, 0 beyond their lengths."""
         values = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
@@ -159,6 +169,26 @@ class LengthCritic:
             values[rows, :width] = -torch.sigmoid(logits.float())
         beyond = torch.arange(ids.size(1), device=ids.device) >= lengths[:, None]
         return values.masked_fill(beyond, 0.0)
+
+
+def without_padding(
+    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompt and completion of each row side by side, padded on the right only.
+
+    Returns:
+        (B, P + T) ids, (B,) tokens of the prompt, (B,) tokens of the completion.
+
+    Raises:
+        ValueError: an empty prompt; there is no state to score before its first token.
+    """
+    prompt_lengths, lengths = prompt_mask.sum(1), completion_mask.sum(1)
+    if (prompt_lengths == 0).any():
+        row = int((prompt_lengths == 0).nonzero()[0])
+        raise ValueError(f"prompt {row} of the batch is empty: a length critic needs at least one prompt token.")
+    present = torch.cat([prompt_mask, completion_mask], 1).bool()
+    order = (~present).to(torch.uint8).argsort(dim=1, stable=True)  # present tokens first, in their order
+    return torch.cat([prompt_ids, completion_ids], 1).gather(1, order), prompt_lengths, lengths
 
 
 def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:

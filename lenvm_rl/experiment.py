@@ -41,6 +41,7 @@ from lenvm_rl.sampling import SamplingSettings, end_token_ids, sample_texts
 from lenvm_rl.tasks import Task, load_task
 from lenvm_rl.trainers.callbacks import StopOnInterrupt, TrainingProgress
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
+from lenvm_rl.trainers.length_settings import SHARED
 from lenvm_rl.trainers.wandb_offline import WandbOrOffline
 from lenvm_rl.trainers.whole_policy import whole_policy
 
@@ -120,8 +121,8 @@ def run_experiment(
     if script.evaluate_only and script.eval_problems == 0:
         raise ValueError("evaluate_only with eval_problems=0 leaves nothing to do: raise eval_problems.")
     policy_path = check_model(model_path(str(model_args.model_name_or_path)), "model_name_or_path")
-    if args.length_critic is not None:
-        check_model(model_path(args.length_critic), "length_critic")
+    if args.length_critic not in (None, SHARED):
+        check_model(model_path(str(args.length_critic)), "length_critic")
     task = load_task(
         script.task,
         train_size=script.train_problems,

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from lenvm_rl.advantages import Advantages, RowStats
+from lenvm_rl.advantages import RowStats
 from lenvm_rl.advantages.types import STATISTICS, TABLE_WIDTH
-from lenvm_rl.credit import LengthCredit, gated_std, rescaled
+from lenvm_rl.credit import LengthCredit, gated_std
 
 NAN = float("nan")
 GATES = ("all", "correct", "solve_rate")
@@ -32,8 +32,13 @@ def stats_of(length, mask):
 CORRECTNESS = tensor([1.0, 0.0, 1.0, 0.5, 1.0, 1.0, 0.0, 1.0])
 
 
-def test_the_gate_all_lets_every_completion_feel_the_signal():
+def test_the_gate_all_lets_every_completion_of_a_solved_group_feel_the_signal():
     gate = LengthCredit(gate="all").gates(tensor([1.0, 0.0, NAN, -1.0]), num_generations=2)
+    assert_close(gate, tensor([1.0, 1.0, 0.0, 0.0]))
+
+
+def test_groups_without_a_correct_completion_feel_it_on_request_as_in_the_paper():
+    gate = LengthCredit(gate="all", unsolved=True).gates(tensor([1.0, 0.0, NAN, -1.0]), num_generations=2)
     assert_close(gate, tensor([1.0, 1.0, 1.0, 1.0]))
 
 
@@ -77,7 +82,7 @@ def test_gates_are_ordered_and_the_solve_rate_is_counted_by_hand(rewards, num_ge
     for row, reward in enumerate(rewards):
         group = rewards[row - row % num_generations :][:num_generations]
         correct = float(reward == 1.0)
-        assert gates["all"][row] == 1.0
+        assert gates["all"][row] == float(1.0 in group)
         assert gates["correct"][row] == correct
         assert gates["solve_rate"][row] == pytest.approx(correct * group.count(1.0) / num_generations)
 
@@ -155,6 +160,13 @@ def test_a_small_spread_around_a_large_mean_is_not_lost():
         ({"threshold": -math.inf}, "length_gate_threshold must be a finite number, got -inf"),
         ({"gate": "right"}, "length_gate must be one of all, correct, solve_rate, got 'right'"),
         ({"scale": "max"}, "length_scale must be one of none, std, got 'max'"),
+        ({"mode": "bonus"}, "length_mode must be one of additive, shaping, got 'bonus'"),
+        ({"resolution": "word"}, "length_resolution must be one of token, completion, batch, got 'word'"),
+        ({"clip": 0.0}, "length_clip must be a positive number, or None for no clip, got 0.0"),
+        ({"discounted": True}, "set length_mode='shaping'"),
+        ({"mode": "shaping", "targeted": True}, "cannot reach a length target"),
+        ({"mode": "shaping", "lam": 0.9}, "length_lambda=0.9 belongs to the additive length advantage"),
+        ({"coef": -1.0, "targeted": True}, "length_coef=-1.0 would press away from the length target"),
     ],
 )
 def test_a_setting_outside_its_range_is_refused(setting, message):
@@ -167,11 +179,3 @@ def test_settings_at_the_ends_of_their_ranges_are_taken():
         LengthCredit(lam=lam)
     for coef in (-2.0, 0.0, 3.0):
         LengthCredit(coef=coef)
-
-
-def test_a_scale_known_afterwards_gives_what_a_scale_known_beforehand_gives():
-    length, mask, gate = batch(3, 7)
-    length = length * mask
-    task, weight = tensor([[1.0], [-0.5], [0.25]]), 2.0 * gate / 0.3
-    advantages = Advantages(total=length, length=length, task=task, returns=length, stats=stats_of(length, mask))
-    assert_close(rescaled(advantages, mask, weight), (task + weight[:, None] * length) * mask)

@@ -165,9 +165,15 @@ def plot_training_curves(log_history: list[dict[str, Any]], path: Path, title: s
 
 
 def training_curve(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Step, share of correct completions and mean tokens of the training rollouts."""
+    """Step, share of correct completions and mean tokens of the training rollouts; with a length critic also the
+    coefficient, how well the critic fits, and how far it is trusted."""
+    names = {
+        "accuracy": "length/correct_rate",
+        "tokens": "completions/mean_length",
+        **{name: f"length/{name}" for name in ("coef", "explained_variance", "trust")},
+    }
     return [
-        {"step": entry["step"], "accuracy": entry["length/correct_rate"], "tokens": entry["completions/mean_length"]}
+        {"step": entry["step"], **{name: entry[key] for name, key in names.items() if entry.get(key) is not None}}
         for entry in log_history
         if "length/correct_rate" in entry
     ]

@@ -31,8 +31,10 @@ ROW_TENSORS = (
     "sampling_per_token_logps",
     "importance_sampling_ratio",
     "tool_mask",
+    "length_target",
 )
-"""What TRL 1.16 puts into a batch of text: one row per completion each. Anything else is refused, not guessed at."""
+"""What TRL 1.16, and the trainer of this project, put into a batch of text: one row per completion each. Anything else
+is refused, not guessed at."""
 
 
 @dataclass(frozen=True)

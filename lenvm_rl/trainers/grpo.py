@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lenvm_rl.advantages import compute_advantages
-from lenvm_rl.assets import model_path
-from lenvm_rl.credit import gated_std, rescaled
-from lenvm_rl.critic import Calibration, LengthCritic
+from lenvm_rl.advantages import Advantages, TaskSignal, compute_advantages, length_advantages
+from lenvm_rl.credit import gated_std
+from lenvm_rl.critic import LengthCritic
 from lenvm_rl.launch_check import check_launch
-from lenvm_rl.length import check_gamma
 from lenvm_rl.length_controller import SCHEDULES, LengthController, scheduled
-from lenvm_rl.model import LengthValueConfig, LengthValueModel
-from lenvm_rl.tokenizer_fingerprint import check_same_tokenizer
-from lenvm_rl.trainers.critic_placement import place_critic, whole_weights
+from lenvm_rl.length_signal import finished_signal, length_signal
+from lenvm_rl.model import LengthValueModel
 from lenvm_rl.trainers.finite_rewards import guard
 from lenvm_rl.trainers.group_sampling import PromptStream, Rollouts, refilled, signal_groups, unlogged
 from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig, check_limits
-from lenvm_rl.trainers.length_metrics import completion_metrics, report_of
+from lenvm_rl.trainers.invariance import broken_conditions
+from lenvm_rl.trainers.learning_critic import SharedCritic
+from lenvm_rl.trainers.length_metrics import completion_metrics
+from lenvm_rl.trainers.length_settings import SHARED, check_target
+from lenvm_rl.trainers.load_critic import FirstImpression, head_on_policy, load_critic
 from lenvm_rl.trainers.normalization import (
     combined_rewards,
     group_centred_batch_std,
@@ -36,6 +37,7 @@ from lenvm_rl.trainers.normalization import (
     trl_advantages,
 )
 from lenvm_rl.trainers.resume import ResumableGRPOTrainer, Stateful
+from lenvm_rl.trainers.safeguards import CollapseDetector, StopOnCollapse, trust_in
 
 __all__ = ["LenVMGRPOConfig", "LenVMGRPOTrainer"]
 
@@ -57,8 +59,9 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
     ``length/gate_rate``, ``length/tokens``, ``length/correct_rate``, ``length/correct_tokens``,
     ``length/wrong_tokens``, ``length/tokens_per_correct``; with a critic also ``length/advantage_std`` (gated tokens),
     ``length/predicted_tokens`` and ``length/true_tokens`` (at the prompt, finished completions),
-    ``length/explained_variance`` and ``length/relative_error``. With dynamic sampling also ``sampling/rounds`` (of
-    generation, the first included), ``sampling/kept_groups`` (of the batch, with a signal) and
+    ``length/explained_variance``, ``length/relative_error`` and ``length/trust``, the share of the coefficient that its
+    explained variance leaves; with one that learns also ``length/critic_loss``. With dynamic sampling also
+    ``sampling/rounds`` (of generation, the first included), ``sampling/kept_groups`` (of the batch, with a signal) and
     ``sampling/unfilled_groups`` (without); what describes the critic and the advantages is then of the batch that is
     trained on, all else and the table of completions of the first round, whose prompts nobody selected.
 
@@ -75,6 +78,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
     model: Any  # never None once the trainer is built
     num_generations: int
     num_generations_eval: int
+    _rolling_out = False
     max_completion_length: int
 
     def __init__(
@@ -104,7 +108,12 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         check_limits(self.reward_funcs, self.max_completion_length)
         self.refill_prompts = self._prepare_refill() if self.args.dynamic_sampling else None
         self.length_critic = self._prepare_critic(length_critic)
-        self._critic_reported = False
+        self._first_impression = FirstImpression(self.accelerator)
+        self.collapse = CollapseDetector(self.args.length_collapse_patience, self.args.length_collapse_drop)
+        if self.args.length_coef != 0:
+            self.add_callback(StopOnCollapse(self.collapse))
+        if self.credit.mode == "shaping":
+            self._say_what_shaping_breaks()
 
     def _prepare_controller(self) -> LengthController | None:
         if self._controlled.kind in ("none", *SCHEDULES):
@@ -139,49 +148,51 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         return PromptStream(len(self.train_dataset), self.args.seed)
 
     def stateful_parts(self) -> dict[str, Stateful]:
-        own = {"refill_prompts": self.refill_prompts, "length_controller": self.length_controller}
+        own = {
+            "refill_prompts": self.refill_prompts,
+            "length_controller": self.length_controller,
+            "collapse": self.collapse if self.args.length_coef != 0 else None,
+        }
         return super().stateful_parts() | {name: part for name, part in own.items() if part is not None}
 
     def _prepare_critic(self, model: LengthValueModel | None) -> LengthCritic | None:
-        path = self.args.length_critic
-        if model is None:
-            if path is None:
-                return None
-            with whole_weights():
-                model = LengthValueModel.from_pretrained(model_path(path), gamma=self.args.length_gamma)
-        elif self.args.length_gamma not in (None, model.config.gamma):
-            raise ValueError(
-                f"length_gamma={self.args.length_gamma} contradicts the critic's own {model.config.gamma}: its values "
-                "mean nothing under another discount. Leave length_gamma unset."
-            )
-        check_same_tokenizer(self._tokenizer, model.config, policy_name=self.model.config._name_or_path)
-        self._compare_sampling(model.config)
-        return LengthCritic(
-            place_critic(model, self.accelerator, sharded=self.args.length_critic_placement == "sharded"),
+        if model is None and self.args.length_critic is None:
+            return None
+        if model is None and self.args.length_critic == SHARED:
+            return head_on_policy(self.args, self.accelerator, lambda: self.model)
+        return load_critic(
+            self.args,
             self.accelerator,
-            gamma=check_gamma(model.config.gamma),
-            token_budget=self.args.length_token_budget,
+            tokenizer=self._tokenizer,
+            policy_name=self.model.config._name_or_path,
+            model=model,
         )
 
-    def _compare_sampling(self, critic: LengthValueConfig) -> None:
-        """Warn where the rollouts are sampled otherwise than those that the critic was pretrained on."""
-        ours = {
-            "temperature": (self.args.temperature, critic.temperature),
-            "top_p": (self.args.top_p, critic.top_p),
-            "max_completion_length": (self.args.max_completion_length, critic.max_tokens),
-        }
-        for name, (value, pretrained) in ours.items():
-            if pretrained is not None and value != pretrained and self.accelerator.is_main_process:
-                warnings.warn(
-                    f"{name} is {value}, but the length critic was pretrained on rollouts with {pretrained}: its "
-                    "values describe those. Watch length/explained_variance, or use the same setting.",
-                    stacklevel=2,
-                )
+    def _say_what_shaping_breaks(self) -> None:
+        broken = broken_conditions(self.args)
+        if broken and self.accelerator.is_main_process:
+            warnings.warn(
+                "length_mode='shaping' changes here what is optimal, since the settings break a condition of "
+                f"invariance: {'; '.join(broken)}.",
+                stacklevel=3,
+            )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._scored = rewards, torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
         return rewards
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        shared, reads = self.length_critic, self._rolling_out and model is self.model and not self._has_adapters
+        if not (reads and isinstance(shared, SharedCritic)):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        with shared.watching():  # TRL's old log-probabilities: the head needs no forward of its own
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    @property
+    def _has_adapters(self) -> bool:
+        """The same model also gives the log-probabilities of the reference policy, with its adapters switched off."""
+        return hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter")
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._mode = "train" if self.model.training else "eval"
@@ -194,19 +205,24 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         metrics = completion_metrics(tokens, *self._correct_and_gate(rollouts), self._sum)
         for name, value in metrics.items():
             self._log(f"length/{name}", value)
-        if self.length_controller is not None and self._mode == "train":
-            self.length_controller.observe(metrics["correct_rate"], metrics["tokens"])
+        if self._mode == "train":
+            self.collapse.observe(metrics["correct_rate"], metrics["tokens"])
+            if self.length_controller is not None:
+                self.length_controller.observe(metrics["correct_rate"], metrics["tokens"])
         if self.refill_prompts is not None and self._mode == "train":
             rollouts = self._refilled(rollouts, self.refill_prompts)
         self._normalise(rollouts)
-        if self.length_critic is not None:
-            self._add_length_credit(self.length_critic, rollouts)
+        self._assign_credit(rollouts)
         return rollouts.batch
 
     def _rolled_out(self, inputs: Any) -> Rollouts:
         """One round of TRL's generation and scoring."""
+        self._rolling_out = True
         batch = super()._generate_and_score_completions(inputs)
+        self._rolling_out = False
         rewards, generated = self._scored
+        if self.credit.targeted:
+            batch["length_target"] = self._targets(inputs, generated.device)
         return Rollouts(batch, rewards, generated, torch.ones(len(rewards), dtype=torch.bool, device=rewards.device))
 
     @property
@@ -251,6 +267,8 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         for name, count in counts.items():
             self._log(f"sampling/{name}", count)
         if rollouts is not first:
+            if isinstance(self.length_critic, SharedCritic):
+                self.length_critic.forget()
             rollouts.batch["num_items_in_batch"] = self._sum(_own_tokens(rollouts.batch).sum())
             # TRL normalised each round by itself
             advantages = trl_advantages(
@@ -286,23 +304,61 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
             advantages = group_centred_token_std(rewards, self._group_size, tokens, own=own, reduce=self._sum)
         rollouts.batch["advantages"] = advantages
 
-    def _add_length_credit(self, critic: LengthCritic, rollouts: Rollouts) -> None:
+    def _targets(self, inputs: Any, device: torch.device) -> Tensor:
+        """(B,) tokens that each completion should have."""
+        column = self.args.length_target_column
+        if column is None:
+            return torch.full((len(inputs),), float(self.args.length_target or 0), device=device)
+        if column not in inputs[0]:
+            raise ValueError(
+                f"length_target_column={column!r} is no column of the dataset, which has {', '.join(inputs[0])}."
+            )
+        targets = [check_target(row[column], self.max_completion_length, f"A prompt's {column}") for row in inputs]
+        return torch.tensor(targets, device=device)
+
+    def _assign_credit(self, rollouts: Rollouts) -> None:
         """Score the rollouts, log how well the critic fits them, and let it speak where the coefficient is not 0."""
-        batch, mask, finished = rollouts.batch, _own_tokens(rollouts.batch), self._finished(rollouts.batch)
+        batch, critic = rollouts.batch, self.length_critic
+        target = batch.pop("length_target", None)  # TRL's batch stays as it is
+        if critic is None:
+            return
+        mask, finished = _own_tokens(batch), self._finished(batch)
         values, bootstrap = critic.score(
             batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], finished
         )
         calibration = critic.calibration(values, mask, finished)
-        self._report_critic(calibration)
+        if not isinstance(critic, SharedCritic):  # which starts from nothing
+            self._first_impression(calibration)
+        trust = trust_in(calibration.explained_variance, self.args.length_critic_trust)
+        self.credit = replace(self.credit, coef=self.credit.coef * trust)
         _, gate = self._correct_and_gate(rollouts)
-        advantages, std = self._advantages(
-            critic.gamma, values, bootstrap, mask, batch["advantages"], gate, "tool_mask" not in batch
-        )
-        if self.credit.coef != 0:
-            batch["advantages"] = advantages
+        task = self._task_signal(rollouts, mask)
+        advantages = self._advantages(critic.gamma, values, bootstrap, mask, task, gate, batch)
+        std = gated_std(advantages.stats, gate, self._sum)
+        shaped = self.credit.mode == "shaping" and isinstance(task, TaskSignal)  # in its rewards already
+        if self.credit.coef != 0 and not self.credit.fused and not shaped:
+            signal = length_signal(advantages, values, mask, self.credit, gamma=critic.gamma, target=target)
+            signal = finished_signal(signal, mask, gate, self.credit, self._sum)
+            advantages = replace(advantages, total=torch.where(mask, advantages.task + self.credit.coef * signal, 0.0))
+        self._use_advantages(rollouts, advantages, mask)
+        self._log("length/trust", trust)
         self._log("length/advantage_std", std.item())
         for name in ("explained_variance", "predicted_tokens", "true_tokens", "relative_error"):
             self._log(f"length/{name}", getattr(calibration, name))
+        if self._mode == "train":
+            targets = values + length_advantages(values, bootstrap, mask, gamma=critic.gamma, lam=1.0)
+            for name, value in critic.learn(batch, mask, targets, calibration.explained_variance).items():
+                self._log(f"length/{name}", value)
+
+    def _task_signal(self, rollouts: Rollouts, mask: Tensor) -> Tensor | TaskSignal:
+        """The task's side of the advantages: one number for each completion, or rewards and a critic of its own."""
+        advantages: Tensor = rollouts.batch["advantages"]
+        return advantages
+
+    def _use_advantages(self, rollouts: Rollouts, advantages: Advantages, mask: Tensor) -> None:
+        """Put what the loss needs into TRL's batch."""
+        if self.credit.coef != 0:
+            rollouts.batch["advantages"] = advantages.total
 
     def _finished(self, batch: dict[str, Any]) -> Tensor:
         """(B,) bool: the completion's last token is one of the model's end tokens."""
@@ -316,11 +372,11 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         values: Tensor,
         bootstrap: Tensor,
         mask: Tensor,
-        task: Tensor,
+        task: Tensor | TaskSignal,
         gate: Tensor,
-        right_padded: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Token advantages, and the standard deviation of the length part over the gated tokens of all processes."""
+        batch: dict[str, Any],
+    ) -> Advantages:
+        """Both sides in one launch; the total is final where the length signal needs no second pass."""
         advantages = compute_advantages(
             values,
             bootstrap,
@@ -328,9 +384,9 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
             task,
             gamma=gamma,
             lam=self.credit.lam,
-            coef=self.credit.coef,
+            coef=self.credit.coef if self.credit.fused else 0.0,
             gate=gate,
-            right_padded=right_padded,
+            right_padded="tool_mask" not in batch,
             backend=self.args.advantage_backend,
         )
         if (advantages.stats.nonfinite > 0).any():
@@ -340,20 +396,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
                 f"completion {row} of this process's batch. Its weights are damaged, or its dtype overflows: load it "
                 "in float32 or bfloat16, or pretrain it again."
             )
-        std = gated_std(advantages.stats, gate, self._sum)
-        if self.credit.scale == "std":
-            return rescaled(advantages, mask, self.credit.coef * gate / std), std
-        return advantages.total, std
-
-    def _report_critic(self, calibration: Calibration) -> None:
-        """On the first rollouts, say how well the critic knows this policy."""
-        if self._critic_reported or calibration.completions == 0:
-            return
-        self._critic_reported = True
-        report, doubt = report_of(calibration)
-        self.accelerator.print(report)
-        if doubt is not None and self.accelerator.is_main_process:
-            warnings.warn(doubt, stacklevel=2)
+        return advantages
 
 
 def _own_tokens(batch: dict[str, Any]) -> Tensor:

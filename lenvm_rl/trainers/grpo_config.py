@@ -1,4 +1,4 @@
-"""The settings of `LenVMGRPOTrainer`, and what of them cannot work together."""
+"""The settings of `LenVMGRPOTrainer`: TRL's, those of the length signal, and how groups are sampled and normalised."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,83 +7,18 @@ from typing import Any, get_args
 from trl import GRPOConfig
 
 from lenvm_rl.advantages.compute import BACKEND_NAMES
-from lenvm_rl.credit import LengthCredit
 from lenvm_rl.launch_check import avoid_compiled_collectives
-from lenvm_rl.length import check_gamma
-from lenvm_rl.length_controller import ControllerSettings, check_start
-from lenvm_rl.trainers.critic_placement import check_placement
+from lenvm_rl.trainers.length_settings import LengthSettings
 from lenvm_rl.trainers.normalization import AdvantageNormalization
 
 
 @dataclass
-class LenVMGRPOConfig(GRPOConfig):
-    """`trl.GRPOConfig` and the settings of the length signal.
+class LenVMGRPOConfig(LengthSettings, GRPOConfig):
+    """`trl.GRPOConfig`, the settings of the length signal, and how groups are sampled and normalised.
 
     Raises:
         ValueError: a setting outside its range, or one under which TRL's loss averages token advantages away.
     """
-
-    length_critic: str | None = None
-    """Folder or hub name of the pretrained Length Value Model. None trains without length credit."""
-
-    length_gamma: float | None = None
-    """Discount of the critic. None takes the one stored with it; official checkpoints store none and require it."""
-
-    length_critic_placement: str = "replica"
-    """Where the frozen critic lives: "replica", whole on every process and in its own dtype, or "sharded" over all of
-    them (ZeRO-3 only), for one that a GPU cannot hold beside the policy; every process still loads it whole into host
-    memory. A critic that was loaded under ZeRO-3 and given as an object is sharded in any case."""
-
-    length_coef: float = 1.0
-    """Weight s of the length advantage (LenVM eq. 27). Positive shortens, negative lengthens, 0 is plain GRPO."""
-
-    length_controller: str = "none"
-    """Lets the coefficient change, starting from `length_coef`: "accuracy" shortens as far as the share of correct
-    completions stays at a target, "tokens" reaches a mean length and holds it, "linear" and "cosine" are schedules."""
-
-    length_controller_target: float | None = None
-    """Share of correct completions ("accuracy"; None takes that of the first batches minus the margin), or mean tokens
-    of a completion ("tokens")."""
-
-    length_controller_margin: float = 0.01
-    """Accuracy that may be given away, where the target is the policy's own start."""
-
-    length_controller_rate: float = 2.0
-    """Change of the coefficient's logarithm by one batch, for a slack of 1."""
-
-    length_controller_smoothing: float = 0.9
-    """Weight of the past in the mean of accuracy or length over batches."""
-
-    length_controller_warmup: int = 5
-    """Batches before the controller first changes the coefficient."""
-
-    length_controller_low: float = 0.01
-    """Least size of the controlled coefficient."""
-
-    length_controller_high: float = 10.0
-    """Largest size of the controlled coefficient."""
-
-    length_controller_end: float = 0.0
-    """Coefficient at the end of a schedule."""
-
-    length_lambda: float = 1.0
-    """lambda of the length advantage, in [0, 1]: 1 is return minus value, 0 the one-step residual (LenVM eq. 24)."""
-
-    length_gate: str = "correct"
-    """Completions that feel the length signal: "correct", "all", or "solve_rate" (correct, times the share of the group
-    that is correct). The two that depend on the outcome make the critic a biased baseline of what they gate."""
-
-    length_gate_reward: str | None = None
-    """Name of the reward function that says what is correct. None is the first one."""
-
-    length_gate_threshold: float = 1.0
-    """Reward from which a completion counts as correct."""
-
-    length_scale: str = "none"
-    """"none", or "std": divide the length advantage by its standard deviation over the gated tokens of the batch."""
-
-    length_token_budget: int = 16_384
-    """Tokens of one critic forward, padding included. Lower it when the critic runs out of memory."""
 
     vllm_importance_sampling_mode: str = "token_truncate"
     """How TRL corrects for vLLM's own probabilities: here by each token's ratio, cut at
@@ -116,14 +51,8 @@ class LenVMGRPOConfig(GRPOConfig):
         plugin = self.deepspeed_plugin
         if plugin is not None:
             avoid_compiled_collectives()  # here, since ZeRO-3 connects when the policy is loaded, before any trainer
-        self.length_credit()
-        check_start(self.controller_settings(), self.length_coef)
+        self.check_length_settings(plugin.zero_stage if plugin is not None else None)
         self._check_sampling()
-        if self.length_gamma is not None:
-            check_gamma(self.length_gamma, "length_gamma")
-        check_placement(self.length_critic_placement, plugin.zero_stage if plugin is not None else None)
-        if self.length_token_budget < 1:
-            raise ValueError(f"length_token_budget must be at least 1, got {self.length_token_budget}.")
         if self.advantage_backend not in BACKEND_NAMES:
             raise ValueError(
                 f"advantage_backend must be one of {', '.join(BACKEND_NAMES)}, got {self.advantage_backend!r}."
@@ -167,28 +96,6 @@ class LenVMGRPOConfig(GRPOConfig):
                 f"steps_per_generation={self.steps_per_generation}) are no multiple of "
                 f"num_generations={self.num_generations}: raise steps_per_generation or the batch size."
             )
-
-    def controller_settings(self) -> ControllerSettings:
-        return ControllerSettings(
-            kind=self.length_controller,  # type: ignore[arg-type]
-            target=self.length_controller_target,
-            margin=self.length_controller_margin,
-            rate=self.length_controller_rate,
-            smoothing=self.length_controller_smoothing,
-            warmup=self.length_controller_warmup,
-            low=self.length_controller_low,
-            high=self.length_controller_high,
-            end=self.length_controller_end,
-        )
-
-    def length_credit(self) -> LengthCredit:
-        return LengthCredit(
-            coef=self.length_coef,
-            lam=self.length_lambda,
-            gate=self.length_gate,  # type: ignore[arg-type]
-            threshold=self.length_gate_threshold,
-            scale=self.length_scale,  # type: ignore[arg-type]
-        )
 
 
 def check_limits(reward_funcs: list[Any], max_completion_length: int) -> None:

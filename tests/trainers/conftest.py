@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
+from lenvm_rl.trainers.length_settings import LengthSettings
 
 LIMIT = 12
 
@@ -62,6 +63,8 @@ def train(tokenizer, policy_folder, tmp_path, tiny_run, prompts, short_is_right)
         for name in ("train_dataset", "reward_funcs", "peft_config", "eval_dataset", "rollout_func"):
             if name in options:
                 arguments[name] = options.pop(name)
+        if issubclass(config_class, LengthSettings):
+            options.setdefault("length_critic_trust", 0.0)  # the tiny critic explains next to nothing
         if "loaded_critic" in options:
             arguments["length_critic"] = options.pop("loaded_critic")
         trainer = trainer_class(

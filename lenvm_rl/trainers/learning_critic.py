@@ -1,0 +1,322 @@
+"""Length critics that learn during the run, each from the lengths of the rollouts that it has just judged.
+
+1. **Online**: a pretrained critic with an optimizer of its own (`side_model.py`), regressed on every batch of rollouts.
+2. **Refresh**: the same, on the latest batches, and only while it explains too little of the newest one.
+3. **Shared**: a value head on the policy's own hidden states, which costs no second model. Where TRL computes old
+   log-probabilities, their forward is also that of the head; elsewhere the policy's decoder runs once more. No gradient
+   reaches the policy.
+
+A batch is judged before it is learned from, so that no advantage is measured against its own return. Targets are
+Monte-Carlo returns of the states before each token; the tail of a cut completion has the value that the critic gave it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lenvm_rl.atomic_file import atomic_file
+from lenvm_rl.critic import CriticOutput, LengthCritic, micro_batches, without_padding
+from lenvm_rl.model import LengthValueHead, LengthValueModel
+from lenvm_rl.trainers.side_model import SideModel
+
+
+class OnlineCritic(LengthCritic):
+    """A pretrained critic that follows the policy.
+
+    Args:
+        model: whole on every process, or loaded under ZeRO-3 initialisation; it is taken over.
+        accelerator: the trainer's.
+        gamma: its discount.
+        token_budget: tokens of one forward, padding included.
+        learning_rate: of its AdamW.
+        steps: optimizer steps on each batch of rollouts.
+        refresh_below: explained variance below which it learns; None learns from every batch.
+        window: the latest batches of rollouts, which a refresh learns from.
+    """
+
+    def __init__(
+        self,
+        model: LengthValueModel,
+        accelerator: Accelerator,
+        *,
+        gamma: float,
+        token_budget: int,
+        learning_rate: float,
+        steps: int,
+        refresh_below: float | None = None,
+        window: int = 1,
+    ) -> None:
+        super().__init__(model, accelerator, gamma=gamma, token_budget=token_budget)
+        self.side = SideModel(
+            model.requires_grad_(True), accelerator, learning_rate=learning_rate, name="length critic"
+        )
+        self.model = self.side  # type: ignore[assignment]
+        self.steps, self.refresh_below, self.window = steps, refresh_below, window if refresh_below is not None else 1
+        self._recent: list[Judged] = []
+
+    def learn(
+        self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float
+    ) -> dict[str, float]:
+        ids, prompt_lengths, lengths = without_padding(
+            batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"]
+        )
+        self._recent = [*self._recent, Judged(ids, prompt_lengths, lengths, mask, targets)][-self.window :]
+        if self.refresh_below is not None and not explained_variance < self.refresh_below:
+            return {"critic_loss": float("nan")}  # TRL leaves nan out of its averages
+        rows = Judged.joined(self._recent)
+
+        def logits(chosen: list[int]) -> Tensor:
+            """(rows, T) head outputs of the states before each token."""
+            width = int((rows.prompt_lengths + rows.lengths)[chosen].max())
+            states = self.side(input_ids=rows.ids[chosen, :width]).logits
+            offsets = torch.arange(rows.mask.size(1), device=ids.device)
+            at = (rows.prompt_lengths[chosen, None] - 1 + offsets).clamp(max=width - 1)
+            return states.gather(1, at)
+
+        loss = fit(
+            self.side,
+            logits,
+            rows.mask,
+            rows.targets,
+            (rows.prompt_lengths + rows.lengths).tolist(),
+            steps=self.steps * len(self._recent),
+            token_budget=self.token_budget,
+            batches=len(self._recent),
+        )
+        return {"critic_loss": loss}
+
+    def save(self, folder: Path, *, writes: bool = True) -> None:
+        """Write what a resumed run needs, into a folder of its own. Collective with DeepSpeed."""
+        self.side.save(folder, writes=writes)
+        if self.window > 1:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(folder / self._recent_file) as file:
+                torch.save([rows._asdict() for rows in self._recent], file)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote. Collective with DeepSpeed."""
+        self.side.load(folder)
+        if self.window > 1:
+            saved = torch.load(folder / self._recent_file, map_location=self.accelerator.device, weights_only=True)
+            self._recent = [Judged(**rows) for rows in saved]
+
+    @property
+    def _recent_file(self) -> str:
+        return f"recent_rollouts_{self.accelerator.process_index}.pt"
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the critic as it is now. Collective; the main process writes."""
+        self.side.save_pretrained(path)
+
+
+class Judged(NamedTuple):
+    """Rollouts with what each of their states was worth."""
+
+    ids: Tensor
+    """(B, S), padded on the right."""
+    prompt_lengths: Tensor
+    """(B,)"""
+    lengths: Tensor
+    """(B,)"""
+    mask: Tensor
+    """(B, T)"""
+    targets: Tensor
+    """(B, T)"""
+
+    @staticmethod
+    def joined(batches: "list[Judged]") -> "Judged":
+        """One batch of all rows, as wide as the widest."""
+        if len(batches) == 1:
+            return batches[0]
+        columns = []
+        for tensors in zip(*batches, strict=True):
+            width = max(tensor.size(-1) for tensor in tensors)
+            columns.append(torch.cat([pad(x, (0, width - x.size(-1))) if x.ndim == 2 else x for x in tensors]))
+        return Judged(*columns)
+
+
+class SharedCritic(LengthCritic):
+    """A value head on the policy's hidden states, without gradient to the policy.
+
+    Args:
+        decoder: gives the policy's decoder, whose last hidden states are read.
+        hidden_size: of these.
+        accelerator: the trainer's.
+        gamma: discount.
+        token_budget: tokens of one forward of the decoder, where TRL makes none.
+        learning_rate: of the head's AdamW.
+        steps: optimizer steps on each batch of rollouts.
+    """
+
+    def __init__(
+        self,
+        decoder: Callable[[], nn.Module],
+        hidden_size: int,
+        accelerator: Accelerator,
+        *,
+        gamma: float,
+        token_budget: int,
+        learning_rate: float,
+        steps: int,
+    ) -> None:
+        head = LengthValueHead(hidden_size)
+        super().__init__(head, accelerator, gamma=gamma, token_budget=token_budget)
+        nn.init.zeros_(head.summary.weight)  # V = -1/2 everywhere, where its gradient is largest
+        nn.init.zeros_(head.summary.bias)
+        self.side = SideModel(head.requires_grad_(True), accelerator, learning_rate=learning_rate, name="length head")
+        self.decoder, self.steps = decoder, steps
+        self._states = torch.empty(0)
+        self._seen: list[Tensor] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the hidden states of the decoder's forwards are kept for the next `score`."""
+        self._seen = []
+        hook = self.decoder().register_forward_hook(
+            lambda module, inputs, output: self._seen.append(output[0].detach())
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def forget(self) -> None:
+        """The rollouts that come next are not those that were watched."""
+        self._seen = []
+
+    @torch.no_grad()
+    def score(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor, finished: Tensor
+    ) -> CriticOutput:
+        steps = completion_ids.size(1) + 1
+        if not self._seen:
+            ids = torch.cat([prompt_ids, completion_ids], 1)
+            present = torch.cat([prompt_mask, completion_mask], 1)
+            self._seen = list(self._forwards(ids, present))
+        self._states = torch.cat([hidden[:, -steps:] for hidden in self._seen])
+        self._seen = []
+        values = -torch.sigmoid(self.side(hidden=self._states).float())
+        lengths = completion_mask.sum(1, keepdim=True)
+        after_last = values.gather(1, lengths).squeeze(1)
+        offsets = torch.arange(steps - 1, device=values.device)
+        return CriticOutput(values[:, :-1].masked_fill(offsets >= lengths, 0.0), after_last.masked_fill(finished, 0.0))
+
+    def _forwards(self, ids: Tensor, present: Tensor) -> Iterator[Tensor]:
+        """As many rows at a time on every process as the budget has room for."""
+        rows = max(1, self.token_budget // ids.size(1))
+        rows = int(self.accelerator.gather(torch.tensor([rows], device=ids.device)).min())
+        decoder = self.decoder()
+        for start in range(0, len(ids), rows):
+            part = slice(start, start + rows)
+            with self.accelerator.autocast():
+                output = decoder(input_ids=ids[part], attention_mask=present[part], use_cache=False)
+            yield output.last_hidden_state
+
+    def learn(
+        self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float
+    ) -> dict[str, float]:
+        states = self._states
+        loss = fit(
+            self.side,
+            lambda chosen: self.side(hidden=states[chosen, :-1]),
+            mask,
+            targets,
+            [mask.size(1)] * len(mask),
+            steps=self.steps,
+            token_budget=self.token_budget,
+        )
+        self._states = torch.empty(0)
+        return {"critic_loss": loss}
+
+    def save(self, folder: Path, *, writes: bool = True) -> None:
+        """Write what a resumed run needs, into a folder of its own. Collective with DeepSpeed."""
+        self.side.save(folder, writes=writes)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote. Collective with DeepSpeed."""
+        self.side.load(folder)
+
+
+def fit(
+    side: SideModel,
+    logits: Callable[[list[int]], Tensor],
+    mask: Tensor,
+    targets: Tensor,
+    lengths: list[int],
+    *,
+    steps: int,
+    token_budget: int,
+    batches: int = 1,
+) -> float:
+    """Regress a critic on rollouts: token means over all processes, as many optimizer steps as they are shared out to.
+
+    Args:
+        side: the critic.
+        logits: (n, T) head outputs of these rows, with gradient.
+        mask: (B, T) bool, the policy's own tokens.
+        targets: (B, T) values.
+        lengths: tokens of a forward of each row, padding included.
+        steps: optimizer steps; the same on all processes.
+        token_budget: tokens of one forward.
+        batches: generation batches that the rows are of, one after the other.
+
+    Returns:
+        Mean squared error over all tokens, before each step.
+    """
+    accelerator = side.accelerator
+    # seeded by the updates so far: a resumed run draws what the uninterrupted one drew, and all launches draw the same
+    shares = own_shares(
+        steps, len(lengths), batches, accelerator.num_processes, accelerator.process_index, seed=side.steps
+    )
+    whole = 0.0
+    side.train()
+    for chosen in shares:
+        parts = [
+            [chosen[row] for row in batch] for batch in micro_batches([lengths[row] for row in chosen], token_budget)
+        ]
+        counts = torch.tensor([float(mask[chosen].sum()), float(len(parts))], device=mask.device, dtype=torch.float64)
+        gathered = accelerator.gather(counts[None])
+        tokens, turns = gathered[:, 0].sum().item(), int(gathered[:, 1].max())
+        if not tokens:
+            continue
+        for turn in range(turns):
+            # a process that is done, or has no rows, keeps in step with one that counts for nothing
+            part = parts[turn] if turn < len(parts) else [0]
+            errors = (-torch.sigmoid(logits(part).float()) - targets[part]).square()
+            counted = mask[part] if turn < len(parts) else torch.zeros_like(mask[part])
+            loss = torch.where(counted, errors, 0.0).sum() / tokens
+            side.backward(loss, last=turn + 1 == turns)
+            whole += loss.item() / steps
+        side.step()
+    side.eval()
+    return float(accelerator.reduce(torch.tensor(whole, device=mask.device), reduction="sum"))
+
+
+def own_shares(steps: int, rows: int, batches: int, processes: int, process: int, *, seed: int) -> list[list[int]]:
+    """This process's rows in each optimizer step: the rows of all processes, shuffled and dealt out.
+
+    Args:
+        steps: to deal to.
+        rows: of this process; all have as many.
+        batches: generation batches, of which each process holds its own rows one after the other.
+        processes, process: how many there are, and which one this is.
+        seed: of the shuffle; the same on all processes.
+    """
+    each = rows // batches
+    order = torch.randperm(rows * processes, generator=torch.Generator().manual_seed(seed)).tolist()
+    shares = []
+    for step in range(steps):
+        share = []
+        for number in order[step::steps]:
+            batch, row = divmod(number, each * processes)
+            owner, own = divmod(row, each)
+            if owner == process:
+                share.append(batch * each + own)
+        shares.append(share)
+    return shares
