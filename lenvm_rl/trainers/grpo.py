@@ -26,7 +26,7 @@ from lenvm_rl.trainers.finite_rewards import guard
 from lenvm_rl.trainers.group_sampling import PromptStream, Rollouts, refilled, signal_groups, unlogged
 from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig, check_limits
 from lenvm_rl.trainers.invariance import broken_conditions
-from lenvm_rl.trainers.learning_critic import SharedCritic
+from lenvm_rl.trainers.learning_critic import OnlineCritic, SharedCritic
 from lenvm_rl.trainers.length_metrics import completion_metrics
 from lenvm_rl.trainers.length_settings import SHARED, check_target
 from lenvm_rl.trainers.load_critic import FirstImpression, head_on_policy, load_critic
@@ -36,7 +36,7 @@ from lenvm_rl.trainers.normalization import (
     group_centred_token_std,
     trl_advantages,
 )
-from lenvm_rl.trainers.resume import ResumableGRPOTrainer, Stateful
+from lenvm_rl.trainers.resume import ResumableGRPOTrainer, SavedPart, Stateful
 from lenvm_rl.trainers.safeguards import CollapseDetector, StopOnCollapse, trust_in
 
 __all__ = ["LenVMGRPOConfig", "LenVMGRPOTrainer"]
@@ -155,6 +155,11 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         }
         return super().stateful_parts() | {name: part for name, part in own.items() if part is not None}
 
+    def saved_parts(self) -> dict[str, SavedPart]:
+        critic = self.length_critic
+        learns = isinstance(critic, OnlineCritic | SharedCritic)
+        return super().saved_parts() | ({"length_critic": critic} if learns else {})  # type: ignore[dict-item]
+
     def _prepare_critic(self, model: LengthValueModel | None) -> LengthCritic | None:
         if model is None and self.args.length_critic is None:
             return None
@@ -198,7 +203,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         self._mode = "train" if self.model.training else "eval"
         self.credit = replace(self.credit, coef=self._coefficient())
         rollouts = self._rolled_out(inputs)
-        tokens = _own_tokens(rollouts.batch).sum(1)
+        tokens = own_tokens(rollouts.batch).sum(1)
         # mask_truncated_completions empties the mask of what was cut, but its tokens were generated all the same
         tokens = torch.where(tokens == 0, rollouts.generated, tokens)
         self._log("length/coef", self.credit.coef)
@@ -269,7 +274,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         if rollouts is not first:
             if isinstance(self.length_critic, SharedCritic):
                 self.length_critic.forget()
-            rollouts.batch["num_items_in_batch"] = self._sum(_own_tokens(rollouts.batch).sum())
+            rollouts.batch["num_items_in_batch"] = self._sum(own_tokens(rollouts.batch).sum())
             # TRL normalised each round by itself
             advantages = trl_advantages(
                 rollouts.rewards,
@@ -300,7 +305,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         if self.args.advantage_normalization == "group_centred_batch_std":
             advantages = group_centred_batch_std(rewards, self._group_size)[own]
         else:
-            tokens = _own_tokens(rollouts.batch).sum(1)
+            tokens = own_tokens(rollouts.batch).sum(1)
             advantages = group_centred_token_std(rewards, self._group_size, tokens, own=own, reduce=self._sum)
         rollouts.batch["advantages"] = advantages
 
@@ -322,7 +327,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         target = batch.pop("length_target", None)  # TRL's batch stays as it is
         if critic is None:
             return
-        mask, finished = _own_tokens(batch), self._finished(batch)
+        mask, finished = own_tokens(batch), self._finished(batch)
         values, bootstrap = critic.score(
             batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], finished
         )
@@ -399,7 +404,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         return advantages
 
 
-def _own_tokens(batch: dict[str, Any]) -> Tensor:
+def own_tokens(batch: dict[str, Any]) -> Tensor:
     """(B, T) bool: the tokens of the policy, neither padding nor the output of tools."""
     mask = batch["completion_mask"].bool()
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask

@@ -165,7 +165,8 @@ class SharedCritic(LengthCritic):
         learning_rate: float,
         steps: int,
     ) -> None:
-        head = LengthValueHead(hidden_size)
+        with torch.random.fork_rng(devices=[]):  # the rollouts stay those of a run without it
+            head = LengthValueHead(hidden_size)
         super().__init__(head, accelerator, gamma=gamma, token_budget=token_budget)
         nn.init.zeros_(head.summary.weight)  # V = -1/2 everywhere, where its gradient is largest
         nn.init.zeros_(head.summary.bias)

@@ -1,7 +1,8 @@
 """`trl.GRPOTrainer` whose interrupted runs continue as if nothing had happened.
 
 1. Reward functions with `state_dict()` and `load_state_dict()` (HAPO's history, LASER-D's targets) are saved with every
-   checkpoint and restored on resume, in one file; so is what a subclass adds to `stateful_parts`.
+   checkpoint and restored on resume, in one file; so is what a subclass adds to `stateful_parts`. What it adds to
+   `saved_parts`, such as a model with an optimizer of its own, gets a folder in the checkpoint.
 2. The prompts of a resumed run are those of the run that was not interrupted in any epoch, where TRL 1.16 repeats the
    first permutation from the second epoch on: its sampler's generator is not saved. Here the permutations are drawn
    again up to the epoch, so a run without interruption sees the prompts that it sees under TRL.
@@ -44,6 +45,15 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Any) -> Any: ...
+
+
+class SavedPart(Protocol):
+    """Something whose state is files. In several processes, all take part in saving and loading."""
+
+    def save(self, folder: Path, *, writes: bool) -> None:
+        """Write into a folder, which it makes; `writes` is true of the processes that write what all hold alike."""
+
+    def load(self, folder: Path) -> None: ...
 
 
 class ReplayedSampler(RepeatSampler):
@@ -156,6 +166,10 @@ class ResumableGRPOTrainer(GRPOTrainer):
             if (function := _stateful_function(reward)) is not None
         }
 
+    def saved_parts(self) -> dict[str, SavedPart]:
+        """What writes files of its own into a checkpoint, by the name of its folder there."""
+        return {}
+
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler: Any = super()._get_train_sampler(dataset)
         self._epoch_of_sampler.sampler = ReplayedSampler(
@@ -244,6 +258,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._writing = False
+            for part_name, part in self.saved_parts().items():
+                part.save(folder / part_name, writes=self.args.should_save)
             if (best := self.state.best_model_checkpoint) and Path(best).parent == folder.parent:
                 self.state.best_model_checkpoint = str(run / name)
                 if self.args.should_save:
@@ -268,8 +284,11 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (parts := self.stateful_parts()):
+        if checkpoint is None:
+            return
+        if parts := self.stateful_parts():
             load_states(parts, Path(checkpoint))
+        load_parts(self.saved_parts(), Path(checkpoint))
 
 
 def _say_skipped(checkpoint: Path, fault: str) -> None:
@@ -310,13 +329,29 @@ def load_states(parts: dict[str, Stateful], folder: Path) -> None:
     saved = json.loads(path.read_text()) if path.is_file() else {}
     if missing := [name for name in parts if name not in saved]:
         held = f"it holds {', '.join(map(repr, saved))}" if saved else f"it has no {STATE_FILE}"
-        raise ValueError(
-            f"The checkpoint {str(folder)!r} was saved without the state of {', '.join(map(repr, missing))}: {held}. "
-            "Resuming would start it from nothing, in the middle of a run. Resume with the reward functions and "
-            "settings that the checkpoint was saved with, or begin a new run from its weights."
-        )
+        raise _without_state(folder, missing, held)
     for name, part in parts.items():
         part.load_state_dict(saved[name])
+
+
+def load_parts(parts: dict[str, SavedPart], folder: Path) -> None:
+    """Have each part go on from its folder in a checkpoint.
+
+    Raises:
+        ValueError: there is none for one of them, or it cannot go on from there.
+    """
+    if missing := [name for name in parts if not (folder / name).is_dir()]:
+        raise _without_state(folder, missing, "it has no folders of these names")
+    for name, part in parts.items():
+        part.load(folder / name)
+
+
+def _without_state(folder: Path, missing: list[str], held: str) -> ValueError:
+    return ValueError(
+        f"The checkpoint {str(folder)!r} was saved without the state of {', '.join(map(repr, missing))}: {held}. "
+        "Resuming would start it from nothing, in the middle of a run. Resume with the reward functions and "
+        "settings that the checkpoint was saved with, or begin a new run from its weights."
+    )
 
 
 def _stateful_function(reward: Any) -> Stateful | None:

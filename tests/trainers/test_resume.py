@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lenvm_rl.trainers.checkpoint import INCOMPLETE_FOLDER, MANIFEST_FILE, fault
 from lenvm_rl.trainers.grpo import LenVMGRPOTrainer
-from lenvm_rl.trainers.resume import STATE_FILE, AlignedSaves, ReplayedSampler, load_states, save_states
+from lenvm_rl.trainers.resume import STATE_FILE, AlignedSaves, ReplayedSampler, load_parts, load_states, save_states
 from reward_fns import HistoryAwareLengthReward, LaserDReward
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "length_coef": 0.0}
@@ -290,3 +290,49 @@ def test_a_run_does_not_forget_silently(train, tmp_path):
         train(
             reward_funcs=Counter(), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"), max_steps=2, **SAVING
         )
+
+
+class Notebook:
+    """A part of a trainer that keeps a file."""
+
+    def __init__(self):
+        self.text = "new"
+
+    def save(self, folder, *, writes):
+        assert writes
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text(self.text)
+
+    def load(self, folder):
+        self.text = (folder / "notes.txt").read_text()
+
+
+def test_a_part_with_files_of_its_own_is_in_every_checkpoint_and_goes_on_from_there(train, tmp_path):
+    notebook = Notebook()
+
+    class Keeping(LenVMGRPOTrainer):
+        def saved_parts(self):
+            return {"notebook": notebook}
+
+        def training_step(self, *args, **kwargs):
+            notebook.text = f"{self.state.global_step}"
+            return super().training_step(*args, **kwargs)
+
+    train(Keeping, max_steps=3, **SAVING | {"save_steps": 1})
+    run = tmp_path / "run"
+    kept = [(run / f"checkpoint-{step}" / "notebook" / "notes.txt").read_text() for step in (1, 2, 3)]
+    assert kept == ["0", "1", "2"]
+    assert "notebook/notes.txt" in (run / "checkpoint-2" / MANIFEST_FILE).read_text()
+
+    class Reading(LenVMGRPOTrainer):
+        def saved_parts(self):
+            return {"notebook": notebook}
+
+    notebook.text = "lost"
+    train(Reading, max_steps=3, **SAVING, resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert notebook.text == "1"
+
+
+def test_a_checkpoint_without_a_parts_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="without the state of 'notebook': it has no folders of these names"):
+        load_parts({"notebook": Notebook()}, tmp_path)

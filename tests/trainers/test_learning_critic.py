@@ -1,0 +1,192 @@
+"""Critics that learn during the run: online, on refresh, and as a head on the policy."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import tensor
+from torch.testing import assert_close
+
+from lenvm_rl.model import LengthValueModel
+from lenvm_rl.trainers.grpo import LenVMGRPOTrainer
+from lenvm_rl.trainers.learning_critic import OnlineCritic, fit, own_shares
+from lenvm_rl.trainers.side_model import SideModel
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+class PerState(torch.nn.Module):
+    """A critic of a table: one logit for each state of each row."""
+
+    def __init__(self, rows, states):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(rows, states))
+
+    def forward(self, rows):
+        return self.logits[rows]
+
+
+def test_a_fit_reaches_the_returns_where_the_mask_is_one():
+    side = SideModel(PerState(3, 2), Accelerator(cpu=True), learning_rate=0.1)
+    mask, targets = (
+        tensor([[True, True], [True, False], [True, True]]),
+        tensor([[-0.2, -0.1], [-0.7, 9.0], [-0.4, -0.3]]),
+    )
+    losses = [
+        fit(side, lambda rows: side(rows=rows), mask, targets, [2, 2, 2], steps=3, token_budget=4) for _ in range(60)
+    ]
+    values = -torch.sigmoid(side.model.logits)
+    assert_close(values[mask], targets[mask], atol=5e-3, rtol=0)
+    assert side.model.logits[1, 1] == 0  # nobody asked about this state
+    first = ((0.3**2 + 0.4**2) + 0.2**2 + (0.1**2 + 0.2**2)) / 5
+    assert losses[0] < 1.5 * first and losses[-1] < 1e-4
+
+
+def test_the_first_loss_is_the_mean_over_all_tokens():
+    side = SideModel(PerState(2, 2), Accelerator(cpu=True), learning_rate=0.1)
+    mask, targets = tensor([[True, True], [True, False]]), tensor([[-0.2, -0.1], [-0.7, 0.0]])
+    loss = fit(side, lambda rows: side(rows=rows), mask, targets, [2, 2], steps=1, token_budget=2)
+    assert loss == pytest.approx((0.3**2 + 0.4**2 + 0.2**2) / 3)
+
+
+def test_rollouts_without_a_token_teach_nothing():
+    side = SideModel(PerState(2, 2), Accelerator(cpu=True), learning_rate=0.1)
+    nothing = torch.zeros(2, 2, dtype=torch.bool)
+    assert fit(side, lambda rows: side(rows=rows), nothing, torch.zeros(2, 2), [2, 2], steps=2, token_budget=8) == 0.0
+    assert side.steps == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_the_rows_that_one_would_take(processes):
+    # two generation batches of six rows; one process holds them in order, several hold their part of each
+    whole = own_shares(4, 12, 2, 1, 0, seed=7)
+    each = 6 // processes
+    found = [[] for _ in range(4)]
+    for process in range(processes):
+        for step, rows in enumerate(own_shares(4, 2 * each, 2, processes, process, seed=7)):
+            for row in rows:
+                batch, own = divmod(row, each)
+                found[step].append(batch * 6 + process * each + own)
+    assert [sorted(rows) for rows in found] == [sorted(rows) for rows in whole]
+    assert sorted(row for rows in found for row in rows) == list(range(12))
+
+
+def test_an_online_critic_learns_what_the_policy_does_now(train, critic_folder):
+    options = {
+        "length_critic": critic_folder,
+        "max_steps": 8,
+        "learning_rate": 1e-6,
+        "length_critic_learning_rate": 1e-2,
+    }
+    online = train(length_critic_update="online", length_critic_steps=8, **options)
+    frozen = train(**options)
+    late = [sum(logged(trainer, "length/explained_variance")[4:]) / 4 for trainer in (online, frozen)]
+    assert late[0] > late[1] + 0.1  # nothing can be explained of a random policy, but a wrong mean is unlearned
+
+
+def test_a_batch_is_judged_before_it_is_learned_from(train, critic_folder):
+    frozen, online = (
+        train(length_critic=critic_folder, max_steps=1),
+        train(length_critic=critic_folder, length_critic_update="online", max_steps=1),
+    )
+    assert logged(online, "length/explained_variance") == logged(frozen, "length/explained_variance")
+    for ours, theirs in zip(online.model.parameters(), frozen.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_refresh_waits_until_the_critic_explains_too_little(train, critic_folder):
+    content = train(length_critic=critic_folder, length_critic_update="refresh", length_critic_refresh_below=-100.0)
+    assert isinstance(content.length_critic, OnlineCritic) and content.length_critic.side.steps == 0
+    needy = train(
+        length_critic=critic_folder,
+        length_critic_update="refresh",
+        length_critic_refresh_below=1.0,
+        length_critic_refresh_window=2,
+        length_critic_steps=3,
+        max_steps=3,
+    )
+    assert needy.length_critic.side.steps == 3 * (1 + 2 + 2)  # batches at hand: one, then two
+
+
+class Spied(LenVMGRPOTrainer):
+    """Counts the forwards that a shared critic asks for itself."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        forwards, self.own_forwards = self.length_critic._forwards, 0
+
+        def counted(*inputs):
+            self.own_forwards += 1
+            return forwards(*inputs)
+
+        self.length_critic._forwards = counted
+
+
+REUSED = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1, "max_steps": 4}
+
+
+def test_a_shared_critic_reads_the_forward_that_gives_old_log_probabilities(train):
+    reusing = train(Spied, length_critic="shared", **REUSED)
+    assert reusing.own_forwards == 0 and reusing.length_critic.side.steps == 4
+    plain = train(Spied, length_critic="shared")
+    assert plain.own_forwards == 2  # one for each batch, where TRL makes none
+
+
+def test_both_ways_to_read_the_policy_give_the_same_values(train):
+    class Both(Spied):
+        def _assign_credit(self, rollouts):
+            critic, batch = self.length_critic, rollouts.batch
+            parts = [batch[n] for n in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
+            finished, seen = self._finished(batch), list(critic._seen)
+            torch.nn.init.normal_(critic.side.model.summary.weight)
+            watched = critic.score(*parts, finished)
+            own = critic.score(*parts, finished)
+            for a, b in zip(watched, own, strict=True):
+                assert_close(a, b, atol=1e-5, rtol=0)
+            assert seen and self.own_forwards == 1
+            critic._seen = seen
+            super()._assign_credit(rollouts)
+
+    train(Both, length_critic="shared", **(REUSED | {"max_steps": 1}))
+
+
+def test_dynamic_sampling_makes_a_shared_critic_read_the_merged_batch(train):
+    trainer = train(Spied, length_critic="shared", dynamic_sampling=True, max_resample_rounds=2, **REUSED)
+    assert all(torch.isfinite(weight).all() for weight in trainer.model.parameters())
+
+
+def test_no_gradient_of_the_head_reaches_the_policy(train):
+    # a coefficient of 0 leaves the policy what plain GRPO makes of it, although the head learns
+    measuring, plain = train(length_critic="shared", length_coef=0.0), train(length_coef=0.0)
+    assert measuring.length_critic.side.steps > 0
+    for ours, theirs in zip(measuring.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length_critic_update": "online"},
+        {"length_critic_update": "refresh", "length_critic_refresh_below": 1.0, "length_critic_refresh_window": 3},
+        {"length_critic": "shared"},
+    ],
+    ids=["online", "refresh", "shared"],
+)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(train, critic_folder, tmp_path, options):
+    options = {"length_critic": critic_folder, "max_steps": 4, "save_strategy": "steps", "save_steps": 2} | options
+    whole = train(**options)
+    expected = [weight.clone() for weight in (*whole.model.parameters(), *whole.length_critic.side.model.parameters())]
+    resumed = train(**options, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    found = (*resumed.model.parameters(), *resumed.length_critic.side.model.parameters())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_critic_that_learned_is_saved_as_a_model(train, critic_folder, tmp_path):
+    trainer = train(length_critic=critic_folder, length_critic_update="online")
+    trainer.length_critic.save_pretrained(tmp_path / "critic")
+    loaded = LengthValueModel.from_pretrained(tmp_path / "critic")
+    for ours, theirs in zip(loaded.parameters(), trainer.length_critic.side.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert loaded.config.gamma == trainer.length_critic.gamma
