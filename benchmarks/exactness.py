@@ -88,6 +88,7 @@ CRITIC = {"length_critic": "embedded/length_critic", "length_scale": "std"}
 LENVM = Case(options={**CRITIC, "length_gate": "all", "num_iterations": 2})
 DLER = {"dynamic_sampling": True, "advantage_normalization": "group_centred_token_std", "epsilon_high": 0.28}
 TOKENS = {"length_controller": "tokens", "length_controller_target": 8.0, "length_controller_warmup": 1}
+LEARNS = {"length_critic_steps": 2, "length_critic_learning_rate": 1e-3, "length_critic_trust": 0.0}
 CASES = {
     "grpo": Case(),
     "lenvm": LENVM,
@@ -96,6 +97,9 @@ CASES = {
     "dler": Case(half_are_hopeless, {**DLER, "seed": 11}, steps=3),
     "hapo": Case(hapo=True, prompts=8),
     "controlled": Case(options={**CRITIC, **TOKENS}),
+    "target": Case(options={**CRITIC, "length_target": 12, "length_clip": 2.0, "length_resolution": "completion"}),
+    "online": Case(options={**CRITIC, **LEARNS, "length_critic_update": "online"}),
+    "shared": Case(options={**CRITIC, **LEARNS, "length_critic": "shared", "num_iterations": 2}),
     "sharded": Case(options={**LENVM.options, "length_critic_placement": "sharded"}),
 }
 

@@ -2,11 +2,12 @@
 
     python benchmarks/step_time.py
 
-Both train from the same weights with the same seed; the coefficient is so small that their completions stay the same.
-They take turns, so that a noisy machine is noisy for both. Writes docs/data/step_time.json and prints the ratio.
+All train from the same weights with the same seed; the coefficient is so small that their completions stay the same.
+They take turns, so that a noisy machine is noisy for all: a ratio is that of one round, and the table has the median
+over rounds. Where every batch of rollouts makes two updates, TRL computes old log-probabilities, and a shared critic
+reads them. Writes docs/data/step_time.json and prints the table.
 """
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,45 +19,64 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.assets import model_path
+from lenvm_rl.evaluation.report import write_json
 from lenvm_rl.launch import run
 from lenvm_rl.tasks import load_task
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
+
+STOCK = "GRPOTrainer"
+PRETRAINED = {"length_critic": "embedded/length_critic"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    STOCK: {},
+    "frozen critic": PRETRAINED,
+    "online critic": {**PRETRAINED, "length_critic_update": "online"},
+    "shared critic": {"length_critic": "shared"},
+}
+REGIMES: dict[str, dict[str, Any]] = {"one update": {"num_iterations": 1}, "two updates": {"num_iterations": 2}}
+WARM_UP = 2
+"""Steps that are not counted."""
 
 
 @dataclass
 class BenchmarkArguments:
     rounds: int = 4
-    steps: int = 6
-    """Optimizer steps of each trainer in each round; the first of them warms up and is not counted."""
+    steps: int = 8
+    """Optimizer steps of each trainer in each round."""
     threads: int = 1
-    output: str = "docs/data/step_time.json"
+    output: Path = Path("docs/data/step_time.json")
 
 
 def main() -> None:
     (args,) = HfArgumentParser([BenchmarkArguments]).parse_args_into_dataclasses()  # type: ignore[list-item]
     torch.set_num_threads(args.threads)
-    times: dict[str, list[float]] = {"GRPOTrainer": [], "LenVMGRPOTrainer": []}
-    lengths: dict[str, list[float]] = {name: [] for name in times}
-    for turn in range(args.rounds):
-        order = list(times) if turn % 2 == 0 else list(times)[::-1]
-        for name in order:
-            history = train(name, seed=turn, steps=args.steps)
-            times[name] += [entry["step_time"] for entry in history[1:]]
-            lengths[name] += [entry["completions/mean_length"] for entry in history[1:]]
-    stock, ours = (statistics.median(times[name]) for name in times)
-    result = {
-        "seconds_per_step": {"GRPOTrainer": stock, "LenVMGRPOTrainer": ours},
-        "ratio": ours / stock,
-        "mean_length": {name: statistics.mean(values) for name, values in lengths.items()},
-        "steps": len(times["GRPOTrainer"]),
-        "threads": args.threads,
+    result = {name: measure(regime, args.rounds, args.steps) for name, regime in REGIMES.items()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, {"threads": args.threads, "rounds": args.rounds, "steps": args.steps, **result})
+    print("| | " + " | ".join(REGIMES) + " |\n|---|" + "---|" * len(REGIMES))
+    for variant in VARIANTS:
+        print(f"| {variant} | " + " | ".join(f"{result[name][variant]['ratio']:.3f}" for name in REGIMES) + " |")
+
+
+def measure(regime: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
+    """Of each variant: seconds of a step and the ratio to stock TRL, medians over rounds, and the mean length."""
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    lengths: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for turn in range(rounds):
+        for name in list(VARIANTS)[:: 1 if turn % 2 == 0 else -1]:
+            counted = train(name, regime, seed=turn, steps=steps)[WARM_UP:]
+            seconds[name].append(statistics.mean(entry["step_time"] for entry in counted))
+            lengths[name].append(statistics.mean(entry["completions/mean_length"] for entry in counted))
+    return {
+        name: {
+            "seconds": statistics.median(own),
+            "ratio": statistics.median(ours / stock for ours, stock in zip(own, seconds[STOCK], strict=True)),
+            "tokens": statistics.mean(lengths[name]),
+        }
+        for name, own in seconds.items()
     }
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
 
 
-def train(name: str, seed: int, steps: int) -> list[dict[str, Any]]:
+def train(name: str, regime: dict[str, Any], seed: int, steps: int) -> list[dict[str, Any]]:
     """Log entries of the optimizer steps."""
     policy = model_path("embedded/policy")
     with TemporaryDirectory() as output:
@@ -76,17 +96,13 @@ def train(name: str, seed: int, steps: int) -> list[dict[str, Any]]:
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
+            **regime,
         }
         trainer_class: type[GRPOTrainer] = GRPOTrainer
         config = GRPOConfig(**options)
-        if name == "LenVMGRPOTrainer":
+        if name != STOCK:
             trainer_class = LenVMGRPOTrainer
-            length: dict[str, Any] = {
-                "length_critic": "embedded/length_critic",
-                "length_coef": 1e-9,
-                "length_token_budget": 2048,
-            }
-            config = LenVMGRPOConfig(**length, **options)
+            config = LenVMGRPOConfig(length_coef=1e-9, length_token_budget=2048, **VARIANTS[name], **options)
         task = load_task("arithmetic", train_size=None, held_out_size=0)
         trainer = trainer_class(
             model=AutoModelForCausalLM.from_pretrained(policy),

@@ -157,6 +157,7 @@ def run_experiment(
             trainer.train(resume_from_checkpoint=checkpoint)
         training_seconds = time.perf_counter() - began
         trainer.save_model()
+        trainer.save_length_critic(Path(str(args.output_dir)) / "length_critic")
         if not interrupt.interrupted:
             evaluation.run("after")
 

@@ -10,6 +10,7 @@
 import warnings
 from collections.abc import Sized
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from lenvm_rl.trainers.normalization import (
 )
 from lenvm_rl.trainers.resume import ResumableGRPOTrainer, SavedPart, Stateful
 from lenvm_rl.trainers.safeguards import CollapseDetector, StopOnCollapse, trust_in
+from lenvm_rl.trainers.whole_policy import whole_policy
 
 __all__ = ["LenVMGRPOConfig", "LenVMGRPOTrainer"]
 
@@ -156,9 +158,27 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         return super().stateful_parts() | {name: part for name, part in own.items() if part is not None}
 
     def saved_parts(self) -> dict[str, SavedPart]:
+        parts, critic = super().saved_parts(), self.length_critic
+        if isinstance(critic, OnlineCritic | SharedCritic):
+            parts["length_critic"] = critic
+        return parts
+
+    def save_length_critic(self, path: str | Path) -> bool:
+        """Write a critic that learned during the run as a Length Value Model that can be loaded. Collective.
+
+        Returns:
+            Whether there is one. A "shared" head on a policy with adapters has no model of its own: merge them first.
+        """
         critic = self.length_critic
-        learns = isinstance(critic, OnlineCritic | SharedCritic)
-        return super().saved_parts() | ({"length_critic": critic} if learns else {})  # type: ignore[dict-item]
+        if isinstance(critic, OnlineCritic):
+            critic.save_pretrained(path)
+        elif isinstance(critic, SharedCritic) and not self._has_adapters:
+            with whole_policy(self) as policy:
+                if self.accelerator.is_main_process:
+                    critic.as_model(policy, self._tokenizer).save_pretrained(path)
+        else:
+            return False
+        return True
 
     def _prepare_critic(self, model: LengthValueModel | None) -> LengthCritic | None:
         if model is None and self.args.length_critic is None:

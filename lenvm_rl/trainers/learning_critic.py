@@ -13,12 +13,13 @@ Monte-Carlo returns of the states before each token; the tail of a cut completio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.critic import CriticOutput, LengthCritic, micro_batches, without_padding
@@ -242,6 +243,20 @@ class SharedCritic(LengthCritic):
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote. Collective with DeepSpeed."""
         self.side.load(folder)
+
+    def as_model(self, policy: PreTrainedModel, tokenizer: Any) -> LengthValueModel:
+        """A Length Value Model of its own: the policy's decoder, whole and copied, under the head.
+
+        Args:
+            policy: what `whole_policy` gives.
+            tokenizer: of the policy.
+
+        Raises:
+            ValueError: a policy with adapters, or in parts.
+        """
+        model = LengthValueModel.from_backbone(policy, self.gamma, tokenizer=tokenizer)
+        model.v_head.load_state_dict(self.side.model.state_dict())
+        return model
 
 
 def fit(

@@ -185,8 +185,24 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(train, critic_folder,
 
 def test_the_critic_that_learned_is_saved_as_a_model(train, critic_folder, tmp_path):
     trainer = train(length_critic=critic_folder, length_critic_update="online")
-    trainer.length_critic.save_pretrained(tmp_path / "critic")
+    assert trainer.save_length_critic(tmp_path / "critic")
     loaded = LengthValueModel.from_pretrained(tmp_path / "critic")
     for ours, theirs in zip(loaded.parameters(), trainer.length_critic.side.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert loaded.config.gamma == trainer.length_critic.gamma
+
+
+def test_a_shared_critic_is_saved_with_the_policy_under_it(train, tokenizer, tmp_path):
+    trainer = train(length_critic="shared")
+    torch.nn.init.normal_(trainer.length_critic.side.model.summary.weight)
+    assert trainer.save_length_critic(tmp_path / "critic")
+    loaded = LengthValueModel.from_pretrained(tmp_path / "critic")
+    ids = tokenizer("3 + 7 =", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        hidden = trainer.model.get_decoder()(input_ids=ids).last_hidden_state
+        assert_close(loaded(ids).logits, trainer.length_critic.side(hidden=hidden))
+
+
+def test_a_frozen_critic_is_not_saved_again(train, critic_folder, tmp_path):
+    assert not train(length_critic=critic_folder, max_steps=1).save_length_critic(tmp_path / "critic")
+    assert not (tmp_path / "critic").exists()
