@@ -23,7 +23,10 @@ from lenvm_rl.launch import run
 from lenvm_rl.worker_pool import WorkerPool, default_workers
 
 REPOSITORY = Path(__file__).parents[1]
+RESAMPLED = ["--dynamic_sampling", "true", "--resample_correct_groups", "true", "--max_resample_rounds", "2"]
 PAPER = ["--length_gate", "all", "--length_unsolved_groups", "true"]
+ACCURACY = ["--length_controller", "accuracy", "--length_controller_target", "0.9"]
+TOKENS = ["--length_controller", "tokens", "--length_controller_target"]
 VARIANTS: dict[str, list[str]] = {
     "default": [],
     "coef 0": ["--length_coef", "0"],
@@ -48,7 +51,11 @@ VARIANTS: dict[str, list[str]] = {
     "shared": ["--length_critic", "shared"],
     "shaping": ["--length_mode", "shaping", *PAPER],
     "shaping, gated": ["--length_mode", "shaping"],
-    "accuracy from 10": ["--length_controller", "accuracy", "--length_controller_target", "0.9", "--length_coef", "10"],
+    "cosine from 2": ["--length_controller", "cosine", "--length_coef", "2"],
+    "resampled, coef 5": [*RESAMPLED, "--length_coef", "5"],
+    "resampled, cosine from 10": [*RESAMPLED, "--length_controller", "cosine", "--length_coef", "10"],
+    "resampled, tokens 24": [*RESAMPLED, *TOKENS, "24", "--length_coef", "5"],
+    "accuracy from 10": [*ACCURACY, "--length_coef", "10"],
     "accuracy from 0.1": [
         "--length_controller",
         "accuracy",
@@ -57,8 +64,8 @@ VARIANTS: dict[str, list[str]] = {
         "--length_coef",
         "0.1",
     ],
-    "tokens 30 from 10": ["--length_controller", "tokens", "--length_controller_target", "30", "--length_coef", "10"],
-    "tokens 30 from 0.1": ["--length_controller", "tokens", "--length_controller_target", "30", "--length_coef", "0.1"],
+    "tokens 30 from 10": [*TOKENS, "30", "--length_coef", "10"],
+    "tokens 30 from 0.1": [*TOKENS, "30", "--length_coef", "0.1"],
     "target 25": ["--length_target", "25"],
     "target 40": ["--length_target", "40"],
     "target 60": ["--length_target", "60"],

@@ -13,6 +13,9 @@ micro-batches. The first process gets short completions and the second long ones
     dler        half of each process's groups has no signal and is replaced; statistics over tokens
     hapo        a reward that remembers prompts over epochs
     controlled  a coefficient that follows the lengths which all processes sampled
+    target      a length to aim at, clipped, one number for each completion
+    online      a critic that learns from every batch, in minibatches over all processes
+    shared      a value head on the policy's hidden states, read from the forward of the old log-probabilities
     sharded     lenvm, its critic sharded as well (ZeRO-3 only)
 """
 

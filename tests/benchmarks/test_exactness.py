@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAUNCHES = {"cpu_ddp": ("MULTI_CPU", None), "cpu_zero2": ("DEEPSPEED", 2), "cpu_zero3": ("DEEPSPEED", 3)}
-CASES = ("grpo", "lenvm", "gate", "dler", "hapo", "controlled")
+CASES = ("grpo", "lenvm", "gate", "dler", "hapo", "controlled", "target", "online", "shared")
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 
