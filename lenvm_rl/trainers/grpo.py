@@ -4,11 +4,10 @@
    advantages (B, T). TRL's loss takes either, and carries, shuffles and splits them with the batch (TRL 1.16).
 2. Generation, vLLM, reference model, PEFT, logging, checkpoints and the loss types stay TRL's.
 3. With ``length_coef=0`` the run is the one that `trl.GRPOTrainer` gives, bit for bit; a critic then only measures.
-4. The same seam normalises as DLER does (`normalization.py`) and refills groups without a signal (`group_sampling.py`).
+4. Before that, `group_trainer.py` refills groups without a signal and normalises as DLER does, where it is asked to.
 """
 
 import warnings
-from collections.abc import Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,27 +23,22 @@ from lenvm_rl.length_controller import SCHEDULES, LengthController, scheduled
 from lenvm_rl.length_signal import finished_signal, length_signal
 from lenvm_rl.model import LengthValueModel
 from lenvm_rl.trainers.finite_rewards import guard
-from lenvm_rl.trainers.group_sampling import PromptStream, Rollouts, refilled, signal_groups, unlogged
+from lenvm_rl.trainers.group_sampling import PromptStream, Rollouts
+from lenvm_rl.trainers.group_trainer import GroupTrainer, own_tokens
 from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig, check_limits
 from lenvm_rl.trainers.invariance import broken_conditions
 from lenvm_rl.trainers.learning_critic import OnlineCritic, SharedCritic
 from lenvm_rl.trainers.length_metrics import completion_metrics
 from lenvm_rl.trainers.length_settings import SHARED, check_target
 from lenvm_rl.trainers.load_critic import FirstImpression, head_on_policy, load_critic
-from lenvm_rl.trainers.normalization import (
-    combined_rewards,
-    group_centred_batch_std,
-    group_centred_token_std,
-    trl_advantages,
-)
-from lenvm_rl.trainers.resume import ResumableGRPOTrainer, SavedPart, Stateful
+from lenvm_rl.trainers.resume import SavedPart, Stateful
 from lenvm_rl.trainers.safeguards import CollapseDetector, StopOnCollapse, trust_in
 from lenvm_rl.trainers.whole_policy import whole_policy
 
 __all__ = ["LenVMGRPOConfig", "LenVMGRPOTrainer"]
 
 
-class LenVMGRPOTrainer(ResumableGRPOTrainer):
+class LenVMGRPOTrainer(GroupTrainer):
     """`trl.GRPOTrainer` whose advantages also say which tokens wasted the budget.
 
     Args:
@@ -74,14 +68,7 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
     _tag_names = ["trl", "grpo", "lenvm"]  # noqa: RUF012 (TRL's own declaration)
     _name = "LenVM-GRPO"
 
-    args: LenVMGRPOConfig
-    train_dataset: Any
-    _logs: dict[str, Any]
-    model: Any  # never None once the trainer is built
-    num_generations: int
-    num_generations_eval: int
     _rolling_out = False
-    max_completion_length: int
 
     def __init__(
         self,
@@ -108,7 +95,6 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         self.length_controller = self._prepare_controller()
         self._gate_column = self._find_gate_reward()
         check_limits(self.reward_funcs, self.max_completion_length)
-        self.refill_prompts = self._prepare_refill() if self.args.dynamic_sampling else None
         self.length_critic = self._prepare_critic(length_critic)
         self._first_impression = FirstImpression(self.accelerator)
         self.collapse = CollapseDetector(self.args.length_collapse_patience, self.args.length_collapse_drop)
@@ -141,17 +127,8 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
             )
         return self.reward_func_names.index(name)
 
-    def _prepare_refill(self) -> PromptStream:
-        if not isinstance(self.train_dataset, Sized):
-            raise ValueError(
-                "dynamic_sampling draws further prompts from the whole dataset, but train_dataset is a stream without "
-                "a length: load it without streaming=True, or set dynamic_sampling=False."
-            )
-        return PromptStream(len(self.train_dataset), self.args.seed)
-
     def stateful_parts(self) -> dict[str, Stateful]:
         own = {
-            "refill_prompts": self.refill_prompts,
             "length_controller": self.length_controller,
             "collapse": self.collapse if self.args.length_coef != 0 else None,
         }
@@ -193,19 +170,18 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
             model=model,
         )
 
+    def _broken_conditions(self) -> list[str]:
+        """Of invariance under shaping."""
+        return broken_conditions(self.args)
+
     def _say_what_shaping_breaks(self) -> None:
-        broken = broken_conditions(self.args)
+        broken = self._broken_conditions()
         if broken and self.accelerator.is_main_process:
             warnings.warn(
                 "length_mode='shaping' changes here what is optimal, since the settings break a condition of "
                 f"invariance: {'; '.join(broken)}.",
                 stacklevel=3,
             )
-
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._scored = rewards, torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
-        return rewards
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         shared, reads = self.length_critic, self._rolling_out and model is self.model and not self._has_adapters
@@ -220,7 +196,6 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         return hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter")
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        self._mode = "train" if self.model.training else "eval"
         self.credit = replace(self.credit, coef=self._coefficient())
         rollouts = self._rolled_out(inputs)
         tokens = own_tokens(rollouts.batch).sum(1)
@@ -241,93 +216,28 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
         return rollouts.batch
 
     def _rolled_out(self, inputs: Any) -> Rollouts:
-        """One round of TRL's generation and scoring."""
         self._rolling_out = True
-        batch = super()._generate_and_score_completions(inputs)
+        rollouts = super()._rolled_out(inputs)
         self._rolling_out = False
-        rewards, generated = self._scored
         if self.credit.targeted:
-            batch["length_target"] = self._targets(inputs, generated.device)
-        return Rollouts(batch, rewards, generated, torch.ones(len(rewards), dtype=torch.bool, device=rewards.device))
+            rollouts.batch["length_target"] = self._targets(inputs, rollouts.generated.device)
+        return rollouts
 
-    @property
-    def _group_size(self) -> int:
-        return self.num_generations if self._mode == "train" else self.num_generations_eval
+    def _refilled(self, first: Rollouts, prompts: PromptStream) -> Rollouts:
+        rollouts = super()._refilled(first, prompts)
+        if rollouts is not first and isinstance(self.length_critic, SharedCritic):
+            self.length_critic.forget()
+        return rollouts
 
-    def _own(self, rollouts: Rollouts) -> slice:
-        """This process's rows among those of all; groups may lie across processes, so they are judged everywhere."""
-        rows, process = len(rollouts.generated), self.accelerator.process_index
-        return slice(rows * process, rows * (process + 1))
-
-    def _sum(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, reduction="sum")
-
-    def _log(self, name: str, value: float) -> None:
-        self._metrics[self._mode][name].append(value)
+    def _teaching(self, rollouts: Rollouts) -> Tensor | None:
+        if self.credit.coef == 0 or self.args.resample_correct_groups:
+            return None
+        return rollouts.rewards[:, self._gate_column] >= self.credit.threshold
 
     def _correct_and_gate(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         correctness, own = rollouts.rewards[:, self._gate_column], self._own(rollouts)
         gate = self.credit.gates(correctness, self._group_size) * rollouts.kept
         return (correctness >= self.credit.threshold)[own], gate[own]
-
-    def _refilled(self, first: Rollouts, prompts: PromptStream) -> Rollouts:
-        """The batch after its groups without a signal were replaced, as far as the rounds reach."""
-
-        def roll_out(rows: list[int]) -> Rollouts:
-            inputs = [dict(self.train_dataset[row]) for row in rows for _ in range(self.num_generations)]
-            with unlogged(self._metrics["train"], self._logs):
-                return self._rolled_out(inputs)
-
-        rollouts, counts = refilled(
-            first,
-            roll_out,
-            self._signal,
-            prompts,
-            rounds=self.args.max_resample_rounds,
-            processes=self.accelerator.num_processes,
-            process=self.accelerator.process_index,
-            group_size=self.num_generations,
-            pad_token_id=self._tokenizer.pad_token_id,
-        )
-        for name, count in counts.items():
-            self._log(f"sampling/{name}", count)
-        if rollouts is not first:
-            if isinstance(self.length_critic, SharedCritic):
-                self.length_critic.forget()
-            rollouts.batch["num_items_in_batch"] = self._sum(own_tokens(rollouts.batch).sum())
-            # TRL normalised each round by itself
-            advantages = trl_advantages(
-                rollouts.rewards,
-                self.reward_weights,
-                self.num_generations,
-                scale_rewards=self.scale_rewards,
-                aggregation=self.multi_objective_aggregation,
-            )
-            rollouts.batch["advantages"] = advantages[self._own(rollouts)]
-        return rollouts
-
-    def _signal(self, rollouts: Rollouts) -> Tensor:
-        correct = rollouts.rewards[:, self._gate_column] >= self.credit.threshold
-        return signal_groups(
-            rollouts.rewards,
-            self.reward_weights,
-            self.num_generations,
-            aggregation=self.multi_objective_aggregation,
-            correct=correct if self.credit.coef != 0 and not self.args.resample_correct_groups else None,
-        )
-
-    def _normalise(self, rollouts: Rollouts) -> None:
-        """Replace TRL's sequence advantages by the configured ones."""
-        if self.args.advantage_normalization == "trl":
-            return
-        own = self._own(rollouts)
-        rewards = combined_rewards(rollouts.rewards, self.reward_weights)
-        if self.args.advantage_normalization == "group_centred_batch_std":
-            advantages = group_centred_batch_std(rewards, self._group_size)[own]
-        else:
-            tokens = own_tokens(rollouts.batch).sum(1)
-            advantages = group_centred_token_std(rewards, self._group_size, tokens, own=own, reduce=self._sum)
-        rollouts.batch["advantages"] = advantages
 
     def _targets(self, inputs: Any, device: torch.device) -> Tensor:
         """(B,) tokens that each completion should have."""
@@ -422,9 +332,3 @@ class LenVMGRPOTrainer(ResumableGRPOTrainer):
                 "in float32 or bfloat16, or pretrain it again."
             )
         return advantages
-
-
-def own_tokens(batch: dict[str, Any]) -> Tensor:
-    """(B, T) bool: the tokens of the policy, neither padding nor the output of tools."""
-    mask = batch["completion_mask"].bool()
-    return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
