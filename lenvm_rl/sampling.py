@@ -136,7 +136,7 @@ def sample_completions(
             input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
             generated = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=generation)
-            batch = [_until_end(row, ends) for row in generated[:, width:].tolist()]
+            batch = [until_end(row, ends) for row in generated[:, width:].tolist()]
             completions += batch
             on_batch(len(batch), sum(len(completion.ids) for completion in batch))
     finally:
@@ -158,7 +158,8 @@ def sample_texts(
     return tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
 
 
-def _until_end(ids: list[int], ends: list[int]) -> Completion:
+def until_end(ids: list[int], ends: list[int]) -> Completion:
+    """The completion in what `generate` returned after a prompt, padding behind its end token left out."""
     for position, token in enumerate(ids):
         if token in ends:
             return Completion(ids[: position + 1], finished=True)
