@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lenvm_rl.progress import SECONDS_BETWEEN_LINES
+
 SHOWN = {
     "length/correct_rate": "correct {:.0%}",
     "completions/mean_length": "{:.1f} tokens",
@@ -20,10 +22,12 @@ SHOWN = {
 
 
 class TrainingProgress(TrainerCallback):
-    """A progress bar with the share of correct completions, their length, and how well the critic still fits."""
+    """A progress bar with the share of correct completions, their length, and how well the critic still fits; where
+    stderr is a file, a line now and then instead."""
 
     def __init__(self) -> None:
         self.progress: Progress | None = None
+        self._said = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -50,6 +54,15 @@ class TrainingProgress(TrainerCallback):
             shown = [text.format(logs[key]) for key, text in SHOWN.items() if logs.get(key) is not None]
             if shown:
                 self.progress.update(self.task, shown=", ".join(shown))
+                self._say(state, ", ".join(shown))
+
+    def _say(self, state: TrainerState, shown: str) -> None:
+        assert self.progress is not None
+        elapsed = self.progress.tasks[self.task].elapsed or 0.0
+        if not self.progress.console.is_terminal and elapsed - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = elapsed
+            line = f"train: step {state.global_step:,} of {state.max_steps:,}, {shown}"
+            self.progress.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.progress is not None:

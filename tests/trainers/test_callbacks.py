@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from lenvm_rl.trainers import callbacks
 from lenvm_rl.trainers.callbacks import StopOnInterrupt, TrainingProgress
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
 
@@ -159,3 +160,11 @@ def test_progress_is_shown_by_the_first_process_only(capsys):
     progress.on_log(None, None, None, logs={"length/correct_rate": 0.8})
     progress.on_train_end(None, None, None)
     assert capsys.readouterr().err == ""
+
+
+def test_without_a_terminal_lines_say_how_far_training_is(capsys, monkeypatch):
+    monkeypatch.setattr(callbacks, "SECONDS_BETWEEN_LINES", 0.0)
+    progress = begin(TrainingProgress())
+    progress.on_log(None, TrainerState(global_step=4, max_steps=10), None, logs={"length/correct_rate": 0.8})
+    progress.on_train_end(None, None, None)
+    assert "train: step 4 of 10, correct 80%" in capsys.readouterr().err
