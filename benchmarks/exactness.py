@@ -16,6 +16,8 @@ micro-batches. The first process gets short completions and the second long ones
     target      a length to aim at, clipped, one number for each completion
     online      a critic that learns from every batch, in minibatches over all processes
     shared      a value head on the policy's hidden states, read from the forward of the old log-probabilities
+    ppo         a task critic with its own optimizer beside a length critic; each batch is used twice, after a step in
+                which the policy is frozen
     sharded     lenvm, its critic sharded as well (ZeRO-3 only)
 """
 
@@ -45,6 +47,7 @@ from lenvm_rl.launch import distributed_summary, run
 from lenvm_rl.sampling import SamplingSettings, prompt_token_ids, sample_completions
 from lenvm_rl.tasks.arithmetic import arithmetic_dataset
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
+from lenvm_rl.trainers.ppo import LenVMPPOConfig, LenVMPPOTrainer
 from lenvm_rl.trainers.whole_policy import whole_policy
 from reward_fns import HistoryAwareLengthReward
 
@@ -85,6 +88,7 @@ class Case:
     prompts: int = PROMPTS
     steps: int = 4
     hapo: bool = False
+    ppo: bool = False
 
 
 CRITIC = {"length_critic": "embedded/length_critic", "length_scale": "std"}
@@ -92,6 +96,7 @@ LENVM = Case(options={**CRITIC, "length_gate": "all", "num_iterations": 2})
 DLER = {"dynamic_sampling": True, "advantage_normalization": "group_centred_token_std", "epsilon_high": 0.28}
 TOKENS = {"length_controller": "tokens", "length_controller_target": 8.0, "length_controller_warmup": 1}
 LEARNS = {"length_critic_steps": 2, "length_critic_learning_rate": 1e-3, "length_critic_trust": 0.0}
+VALUES = {"value_learning_rate": 1e-3, "value_warmup_steps": 1, "length_adaptive_lambda": 0.5}
 CASES = {
     "grpo": Case(),
     "lenvm": LENVM,
@@ -103,6 +108,7 @@ CASES = {
     "target": Case(options={**CRITIC, "length_target": 12, "length_clip": 2.0, "length_resolution": "completion"}),
     "online": Case(options={**CRITIC, **LEARNS, "length_critic_update": "online"}),
     "shared": Case(options={**CRITIC, **LEARNS, "length_critic": "shared", "num_iterations": 2}),
+    "ppo": Case(options={**LENVM.options, **VALUES}, ppo=True),
     "sharded": Case(options={**LENVM.options, "length_critic_placement": "sharded"}),
 }
 
@@ -135,7 +141,8 @@ def play_back(groups: dict[str, list[list[int]]]) -> Callable[..., dict[str, Any
 
 
 def train(case: Case, groups: dict[str, list[list[int]]], processes: int, output: str) -> dict[str, Any]:
-    """Losses, weights and remembered states of a run; the same on all processes."""
+    """Losses, weights and remembered states of a run; the same on all processes, but for the weights of a task critic,
+    which only the first one has whole."""
     options: dict[str, Any] = {
         "per_device_train_batch_size": 2 * GROUP // processes,
         "gradient_accumulation_steps": 2,
@@ -156,11 +163,12 @@ def train(case: Case, groups: dict[str, list[list[int]]], processes: int, output
         "report_to": "none",
         "disable_tqdm": True,
     }
-    args = LenVMGRPOConfig(output, **options | case.options)
+    config_class, trainer_class = (LenVMPPOConfig, LenVMPPOTrainer) if case.ppo else (LenVMGRPOConfig, LenVMGRPOTrainer)
+    args: Any = config_class(output, **options | case.options)
     prompts = list(groups)[: case.prompts]
     hapo = HistoryAwareLengthReward(correctness=case.judge)
     folder = model_path("embedded/policy")
-    trainer = LenVMGRPOTrainer(
+    trainer = trainer_class(
         AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
         [case.judge, hapo] if case.hapo else [case.judge],
         args,
@@ -172,8 +180,13 @@ def train(case: Case, groups: dict[str, list[list[int]]], processes: int, output
     trainer.train()
     with whole_policy(trainer) as policy:
         weights = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    names = ["loss"]
+    if isinstance(trainer, LenVMPPOTrainer):
+        names += ["value/loss", "value/grad_norm", "value/explained_variance"]
+        critic = trainer.task_critic.side.whole_weights()
+        weights |= {f"task critic {name}": weight for name, weight in critic.items()}
     return {
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": [entry[name] for entry in trainer.state.log_history for name in names if name in entry],
         "weights": weights,
         "states": {name: part.state_dict() for name, part in trainer.stateful_parts().items()},
         "distributed": distributed_summary(trainer.accelerator),

@@ -20,7 +20,13 @@ from transformers import HfArgumentParser
 
 from lenvm_rl.launch import run
 
-METHODS = {"lenvm": "GRPO-LenVM", "dler": "DLER (dynamic sampling)", "hapo": "HAPO", "grpo": "GRPO"}
+METHODS = {
+    "lenvm": "GRPO-LenVM",
+    "dler": "DLER (dynamic sampling)",
+    "hapo": "HAPO",
+    "grpo": "GRPO",
+    "ppo-lenvm": "PPO-LenVM",
+}
 LAUNCHES = {"one": "one process", "zero2": "ZeRO-2, 2 processes", "zero3": "ZeRO-3, 2 processes"}
 STEPS, RESUMED_AT = 10, 6
 FLAGS = "--eval_problems 0 --per_device_train_batch_size 8 --num_generations 4 --max_completion_length 24 "

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from forks import fork
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lenvm_rl.experiment import read_contender_flags, run_experiment
+from lenvm_rl.trainers.ppo import VALUE_FOLDER
 from lenvm_rl.trainers.resume import STATE_FILE
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +80,7 @@ def check_exit(code: int, wanted: int, log: Path) -> None:
 
 def difference(whole: Path, other: Path, steps: int) -> Difference:
     """Compare two runs that saved a checkpoint at their last step."""
-    expected, weights = (load_file(run / "model.safetensors") for run in (whole, other))
+    expected, weights = (_weights(run) for run in (whole, other))
     ends = [run / f"checkpoint-{steps}" for run in (whole, other)]
     states = [(end / STATE_FILE).read_text() if (end / STATE_FILE).exists() else None for end in ends]
     logs = [json.loads((end / "trainer_state.json").read_text())["log_history"] for end in ends]
@@ -90,3 +92,9 @@ def difference(whole: Path, other: Path, steps: int) -> Difference:
         lost=sum(step not in counts for step in range(1, steps + 1)),
         unlike=sum(a != b for a, b in zip(*cleaned, strict=False)) + (states[0] != states[1]),
     )
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    """Of the policy, and of the task critic where there is one."""
+    files = [run / "model.safetensors", *run.glob(f"{VALUE_FOLDER}/model.safetensors")]
+    return {f"{file.relative_to(run)} {name}": weight for file in files for name, weight in load_file(file).items()}

@@ -1,4 +1,4 @@
-"""Step time of LenVM-GRPO over that of plain `trl.GRPOTrainer`, on the embedded default, in one run.
+"""Step time of LenVM-GRPO and LenVM-PPO over that of plain `trl.GRPOTrainer`, on the embedded default, in one run.
 
     python benchmarks/step_time.py
 
@@ -23,6 +23,7 @@ from lenvm_rl.evaluation.report import write_json
 from lenvm_rl.launch import run
 from lenvm_rl.tasks import load_task
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
+from lenvm_rl.trainers.ppo import LenVMPPOConfig, LenVMPPOTrainer
 
 STOCK = "GRPOTrainer"
 PRETRAINED = {"length_critic": "embedded/length_critic"}
@@ -31,6 +32,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frozen critic": PRETRAINED,
     "online critic": {**PRETRAINED, "length_critic_update": "online"},
     "shared critic": {"length_critic": "shared"},
+    "PPO": {"algorithm": "ppo", "length_coef": 0.0},
+    "PPO, frozen critic": {"algorithm": "ppo", **PRETRAINED},
+    "PPO, both critics shared": {"algorithm": "ppo", "length_critic": "shared", "value_model": "shared"},
+}
+TRAINERS: dict[str, tuple[Any, Any]] = {
+    "grpo": (LenVMGRPOConfig, LenVMGRPOTrainer),
+    "ppo": (LenVMPPOConfig, LenVMPPOTrainer),
 }
 REGIMES: dict[str, dict[str, Any]] = {"one update": {"num_iterations": 1}, "two updates": {"num_iterations": 2}}
 WARM_UP = 2
@@ -65,7 +73,8 @@ def measure(regime: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
         for name in list(VARIANTS)[:: 1 if turn % 2 == 0 else -1]:
             counted = train(name, regime, seed=turn, steps=steps)[WARM_UP:]
             seconds[name].append(statistics.mean(entry["step_time"] for entry in counted))
-            lengths[name].append(statistics.mean(entry["completions/mean_length"] for entry in counted))
+            tokens = [entry["completions/mean_length"] for entry in counted if "completions/mean_length" in entry]
+            lengths[name].append(statistics.mean(tokens))
     return {
         name: {
             "seconds": statistics.median(own),
@@ -101,8 +110,9 @@ def train(name: str, regime: dict[str, Any], seed: int, steps: int) -> list[dict
         trainer_class: type[GRPOTrainer] = GRPOTrainer
         config = GRPOConfig(**options)
         if name != STOCK:
-            trainer_class = LenVMGRPOTrainer
-            config = LenVMGRPOConfig(length_coef=1e-9, length_token_budget=2048, **VARIANTS[name], **options)
+            own = {"length_coef": 1e-9, "length_token_budget": 2048, **VARIANTS[name]}
+            config_class, trainer_class = TRAINERS[own.pop("algorithm", "grpo")]
+            config = config_class(**own, **options)
         task = load_task("arithmetic", train_size=None, held_out_size=0)
         trainer = trainer_class(
             model=AutoModelForCausalLM.from_pretrained(policy),

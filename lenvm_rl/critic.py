@@ -10,8 +10,9 @@
 A vision-language critic is not supported; `LengthValueModel` refuses to load one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -158,17 +159,27 @@ class LengthCritic:
 
     def _values(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """(B, P+T) values of right-padded rows, 0 beyond their lengths."""
-        values = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        batches = micro_batches(lengths.tolist(), self.token_budget)
-        forwards = torch.tensor([len(batches)], device=ids.device)
-        most = int(self.accelerator.gather(forwards).max()) if self.accelerator.num_processes > 1 else len(batches)
-        for turn in range(most):
-            rows = batches[min(turn, len(batches) - 1)]  # a rank that is done repeats its last one, to keep in step
-            width = int(lengths[rows].max())
-            logits = self.model(input_ids=ids[rows, :width]).logits
-            values[rows, :width] = -torch.sigmoid(logits.float())
+        values = -torch.sigmoid(outputs_of(self.model, ids, lengths, self.accelerator, self.token_budget))
         beyond = torch.arange(ids.size(1), device=ids.device) >= lengths[:, None]
         return values.masked_fill(beyond, 0.0)
+
+
+def outputs_of(
+    model: Callable[..., Any], ids: Tensor, lengths: Tensor, accelerator: Accelerator, token_budget: int
+) -> Tensor:
+    """(B, S) float32 outputs of a critic for right-padded ids (B, S), whatever beyond their lengths (B,).
+
+    In micro-batches by token budget, as many on every process. Collective.
+    """
+    outputs = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+    batches = micro_batches(lengths.tolist(), token_budget)
+    forwards = torch.tensor([len(batches)], device=ids.device)
+    most = int(accelerator.gather(forwards).max()) if accelerator.num_processes > 1 else len(batches)
+    for turn in range(most):
+        rows = batches[min(turn, len(batches) - 1)]  # a rank that is done repeats its last one, to keep in step
+        width = int(lengths[rows].max())
+        outputs[rows, :width] = model(input_ids=ids[rows, :width]).logits.float().view(len(rows), width)
+    return outputs
 
 
 def without_padding(

@@ -1,4 +1,4 @@
-"""One training run, from names to results: what the GRPO recipes do once they have read their arguments.
+"""One training run, from names to results: what the GRPO and PPO recipes do once they have read their arguments.
 
 1. Load policy and task, build the trainer with the method's length reward beside the task's own.
 2. Evaluate, train, save, evaluate again; in between, Ctrl-C or SIGTERM ends training after the current step, or after
@@ -42,6 +42,7 @@ from lenvm_rl.tasks import Task, load_task
 from lenvm_rl.trainers.callbacks import StopOnInterrupt, TrainingProgress
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig, LenVMGRPOTrainer
 from lenvm_rl.trainers.length_settings import SHARED
+from lenvm_rl.trainers.ppo import LenVMPPOConfig, LenVMPPOTrainer
 from lenvm_rl.trainers.wandb_offline import WandbOrOffline
 from lenvm_rl.trainers.whole_policy import whole_policy
 
@@ -110,12 +111,15 @@ def run_experiment(
         script, args, model_args: as parsed by a recipe.
         length_method: a length reward beside the task's own; None is LenVM-GRPO, or plain GRPO without its critic.
 
+    With a `LenVMPPOConfig` it is PPO instead of GRPO.
+
     Raises:
         ValueError: settings that contradict each other, a model folder that is none, problems that cannot be used.
         SystemExit: SIGTERM ended the run, which left its results all the same.
     """
     started = time.perf_counter()
-    method = "LenVM-GRPO" if args.length_critic and args.length_coef else "GRPO"
+    algorithm = "PPO" if isinstance(args, LenVMPPOConfig) else "GRPO"
+    method = f"LenVM-{algorithm}" if args.length_critic and args.length_coef else algorithm
     if length_method is not None:
         method = f"{method} with the length reward of {length_method.name}"
     if script.evaluate_only and script.eval_problems == 0:
@@ -225,6 +229,8 @@ def read_contender_flags(flags: Sequence[str], default_config: Path) -> Argument
         raise ValueError(f"--reward_settings {chosen.reward_settings!r} is no mapping: write '{{limit: 48}}'.")
     _, contender = find_contender(chosen.method)
     settings, trainer = contender.turned(contender.recommended if chosen.knob is None else chosen.knob)
+    if contender.algorithm == "ppo":
+        parser = TrlParser([ExperimentArguments, LenVMPPOConfig, ModelConfig])  # type: ignore[list-item]
     script, args, model_args = parse(parser, default_config, [*trainer_flags(trainer), *rest])
     if args.length_coef == 0:
         args.length_critic = None  # it would only measure
@@ -254,7 +260,8 @@ def _build(
     if method is not None:
         ends = end_token_ids(policy, tokenizer)
         rewards.append(build_length_reward(method.reward, method.settings, correctness=rewards[0], eos_token_ids=ends))
-    trainer = LenVMGRPOTrainer(
+    trainer_class: Any = LenVMPPOTrainer if isinstance(args, LenVMPPOConfig) else LenVMGRPOTrainer
+    trainer = trainer_class(
         model=policy,
         reward_funcs=rewards,
         args=args,

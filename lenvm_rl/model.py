@@ -127,8 +127,8 @@ class LengthValueHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.fc = _Float32Linear(hidden_size, hidden_size)
-        self.summary = _Float32Linear(hidden_size, 1)
+        self.fc = Float32Linear(hidden_size, hidden_size)
+        self.summary = Float32Linear(hidden_size, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.summary(F.silu(self.fc(hidden))).squeeze(-1)
@@ -371,7 +371,9 @@ class LengthValueModel(PreTrainedModel):
             nn.init.zeros_(module.weight)  # leaves a loaded tensor alone: transformers guards the initialisers
 
 
-class _Float32Linear(nn.Linear):
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever the dtype of its weights and its input, under any autocast."""
+
     # a module of its own, not F.linear on another's parameters: ZeRO-3 and FSDP gather weights around forward()
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(device_type=input.device.type, enabled=False):

@@ -13,7 +13,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -33,7 +33,9 @@ class Contender:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the length reward; what is left out takes the published value."""
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `LenVMGRPOConfig` that belong to the method."""
+    """Fields of the trainer's configuration that belong to the method."""
+    algorithm: Literal["grpo", "ppo"] = "grpo"
+    """The trainer: `LenVMGRPOTrainer` or `LenVMPPOTrainer`."""
     knob: str | None = None
     """The setting, of `settings` or of `trainer`, that says how strongly it shortens."""
     sweep: tuple[Knob, ...] = (None,)
@@ -62,6 +64,7 @@ class Contender:
 
 
 _PLAIN = {"length_coef": 0.0}
+_PPO = {"value_learning_rate": 1e-3, "value_warmup_steps": 5}
 _DLER = {
     **_PLAIN,
     "advantage_normalization": "group_centred_batch_std",
@@ -86,6 +89,15 @@ CONTENDERS: dict[str, Contender] = {
         },
         knob="length_coef",
         sweep=(1.0, 3.0, 5.0),
+    ),
+    # a task critic instead of groups; the completions of a prompt are as many as those of the others
+    "ppo": Contender("PPO", trainer={**_PLAIN, **_PPO}, algorithm="ppo"),
+    "ppo-lenvm": Contender(
+        "PPO, LenVM",
+        trainer={"length_coef": 1.0, **_PPO},
+        knob="length_coef",
+        sweep=(0.5, 1.0, 2.0),
+        algorithm="ppo",
     ),
     "dler": Contender("DLER", "dler", {"limit": 48}, _DLER, knob="limit", sweep=(64, 48, 40, 32)),
     # dynamic sampling generates about twice as much; this is what DLER does with the budget of the others

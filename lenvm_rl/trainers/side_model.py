@@ -7,7 +7,8 @@
    one process, DDP and ZeRO make the same update.
 3. Without DeepSpeed it is a replica on every process in float32, and gradients are added up once for an update: no
    wrapper, and forwards need not be alike on all processes. With DeepSpeed it gets an engine like the policy's (ZeRO-1,
-   2 or 3, offloading, dtype); under ZeRO-3 forwards and backwards are collective.
+   2 or 3, offloading, dtype), unless it is a head that is not worth one; under ZeRO-3 forwards and backwards are
+   collective.
 4. Its state goes into checkpoints (`save`, `load`), its weights into an ordinary model folder (`save_pretrained`).
 
 Left out: FSDP, and float16 without DeepSpeed (it would need a loss scaler of its own).
@@ -54,6 +55,7 @@ class SideModel:
         warmup_steps: updates over which the learning rate first rises from 0.
         total_steps: updates of the run, for "linear". May be set later, before the first update.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        replicate: a replica on every process also with DeepSpeed: for a head, which is not worth an engine.
         name: for messages, such as "task critic".
 
     Raises:
@@ -75,6 +77,7 @@ class SideModel:
         warmup_steps: int = 0,
         total_steps: int | None = None,
         gradient_checkpointing: bool = False,
+        replicate: bool = False,
         name: str = "side model",
     ) -> None:
         check_settings(
@@ -93,7 +96,7 @@ class SideModel:
             model.float()
             self._take_first_weights()
         self.engine: Any = None
-        if self._with_deepspeed:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and not replicate:
             self.optimizer = self._start_engine(learning_rate, weight_decay, betas, eps)
         else:
             model.to(accelerator.device)
@@ -112,10 +115,6 @@ class SideModel:
                 f"The {name} cannot be trained in float16 without DeepSpeed, which scales losses: set bf16=True, or "
                 "launch with recipes/accelerate/zero2.yaml."
             )
-
-    @property
-    def _with_deepspeed(self) -> bool:
-        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

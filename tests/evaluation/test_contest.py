@@ -14,18 +14,20 @@ from lenvm_rl.evaluation.contest import (
     trainer_flags,
 )
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig
+from lenvm_rl.trainers.ppo import LenVMPPOConfig
 from reward_fns import METHODS, TruncationReward, accuracy_reward
 
-FIELDS = {field.name for field in dataclasses.fields(LenVMGRPOConfig)}
+CONFIGS = {"grpo": LenVMGRPOConfig, "ppo": LenVMPPOConfig}
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_every_contender_has_a_reward_that_exists_and_a_knob_to_turn(name):
     contender = CONTENDERS[name]
     assert contender.reward is None or contender.reward in METHODS
-    assert set(contender.trainer) <= FIELDS and "length_coef" in contender.trainer
+    fields = {field.name for field in dataclasses.fields(CONFIGS[contender.algorithm])}
+    assert set(contender.trainer) <= fields and "length_coef" in contender.trainer
     assert contender.recommended in contender.sweep
-    assert name == "grpo" or len(contender.sweep) >= 3
+    assert name in ("grpo", "ppo") or len(contender.sweep) >= 3
     for value in contender.sweep:
         settings, trainer = contender.turned(value)
         assert contender.knob is None or {**settings, **trainer}[contender.knob] == value

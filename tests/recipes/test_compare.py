@@ -17,6 +17,7 @@ from lenvm_rl.evaluation.contest import read_entries
 from lenvm_rl.evaluation.report import write_json
 from lenvm_rl.experiment import read_contender_flags
 from lenvm_rl.trainers.checkpoint import INCOMPLETE_FOLDER, last_checkpoint, publish
+from lenvm_rl.trainers.ppo import LenVMPPOConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "compare.py"
@@ -135,6 +136,17 @@ def test_every_run_gets_the_same_flags_and_its_own_method_and_seed(tmp_path):
             assert (args.length_coef, args.length_critic) == (0.0, None)
         if job.name.startswith("thinkprune"):
             assert method.settings == {"limit": {0: 64, 40: 48, 80: 32}}
+
+
+def test_a_contender_names_its_trainer(tmp_path):
+    for name, config, coef in (("ppo", LenVMPPOConfig, 0.0), ("ppo-lenvm", LenVMPPOConfig, 2.0), ("grpo", None, 0.0)):
+        knob = ["--knob", "2.0"] if name == "ppo-lenvm" else []
+        _, args, _, _ = read_contender_flags(["--method", name, *knob, "--output_dir", str(tmp_path)], CONFIG)
+        assert isinstance(args, LenVMPPOConfig) is (config is LenVMPPOConfig)
+        assert args.length_coef == coef and args.num_generations == 8
+        assert (args.length_critic is None) is (coef == 0.0)
+    _, args, _, _ = read_contender_flags(["--method", "ppo", "--lam", "0.5", "--output_dir", str(tmp_path)], CONFIG)
+    assert args.lam == 0.5
 
 
 def test_a_run_that_was_killed_resumes_from_its_last_whole_checkpoint(tmp_path):
