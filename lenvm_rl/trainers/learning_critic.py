@@ -171,7 +171,9 @@ class SharedCritic(LengthCritic):
         super().__init__(head, accelerator, gamma=gamma, token_budget=token_budget)
         nn.init.zeros_(head.summary.weight)  # V = -1/2 everywhere, where its gradient is largest
         nn.init.zeros_(head.summary.bias)
-        self.side = SideModel(head.requires_grad_(True), accelerator, learning_rate=learning_rate, name="length head")
+        self.side = SideModel(
+            head.requires_grad_(True), accelerator, learning_rate=learning_rate, replicate=True, name="length head"
+        )
         self.decoder, self.steps = decoder, steps
         self._states = torch.empty(0)
         self._seen: list[Tensor] = []
