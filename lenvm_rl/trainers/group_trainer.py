@@ -31,7 +31,7 @@ class GroupTrainer(ResumableGRPOTrainer):
         args, kwargs: as for `trl.GRPOTrainer`, with a `LenVMGRPOConfig`.
 
     Raises:
-        ValueError: dynamic sampling from a stream of unknown length.
+        ValueError: fewer prompts than a batch of rollouts needs; dynamic sampling from a stream of unknown length.
     """
 
     args: LenVMGRPOConfig
@@ -44,7 +44,17 @@ class GroupTrainer(ResumableGRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._check_number_of_prompts()
         self.refill_prompts = self._prepare_refill() if self.args.dynamic_sampling else None
+
+    def _check_number_of_prompts(self) -> None:
+        needed = (self.args.generation_batch_size or 0) // self.num_generations
+        if isinstance(self.train_dataset, Sized) and len(self.train_dataset) < needed:
+            raise ValueError(
+                f"A batch of rollouts needs {needed} prompts, with num_generations={self.num_generations}, but the "
+                f"dataset has {len(self.train_dataset)}, and TRL trains on whole batches only: raise num_generations, "
+                "or lower per_device_train_batch_size."
+            )
 
     def _prepare_refill(self) -> PromptStream:
         if not isinstance(self.train_dataset, Sized):

@@ -8,7 +8,9 @@
 """
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from lenvm_rl.trainers.finite_rewards import guard
 from lenvm_rl.trainers.group_sampling import PromptStream, Rollouts
 from lenvm_rl.trainers.group_trainer import GroupTrainer, own_tokens
 from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig, check_limits
+from lenvm_rl.trainers.hidden_states import HiddenStates, decoder_of
 from lenvm_rl.trainers.invariance import broken_conditions
 from lenvm_rl.trainers.learning_critic import OnlineCritic, SharedCritic
 from lenvm_rl.trainers.length_metrics import completion_metrics
@@ -67,8 +70,6 @@ class LenVMGRPOTrainer(GroupTrainer):
 
     _tag_names = ["trl", "grpo", "lenvm"]  # noqa: RUF012 (TRL's own declaration)
     _name = "LenVM-GRPO"
-
-    _rolling_out = False
 
     def __init__(
         self,
@@ -161,7 +162,8 @@ class LenVMGRPOTrainer(GroupTrainer):
         if model is None and self.args.length_critic is None:
             return None
         if model is None and self.args.length_critic == SHARED:
-            return head_on_policy(self.args, self.accelerator, lambda: self.model)
+            size = self.accelerator.unwrap_model(self.model).config.get_text_config().hidden_size
+            return head_on_policy(self.args, self.accelerator, self.hidden_states, size)
         return load_critic(
             self.args,
             self.accelerator,
@@ -183,16 +185,8 @@ class LenVMGRPOTrainer(GroupTrainer):
                 stacklevel=3,
             )
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        shared, reads = self.length_critic, self._rolling_out and model is self.model and not self._has_adapters
-        if not (reads and isinstance(shared, SharedCritic)):
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        with shared.watching():  # TRL's old log-probabilities: the head needs no forward of its own
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-
     @property
     def _has_adapters(self) -> bool:
-        """The same model also gives the log-probabilities of the reference policy, with its adapters switched off."""
         return hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter")
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -215,18 +209,24 @@ class LenVMGRPOTrainer(GroupTrainer):
         self._assign_credit(rollouts)
         return rollouts.batch
 
+    @cached_property
+    def hidden_states(self) -> HiddenStates:
+        """Of the policy, for heads on it; only a run that asks for them watches the decoder."""
+        decoder = decoder_of(self.accelerator, lambda: self.model)
+        return HiddenStates(decoder, self.accelerator, self.args.length_token_budget, adapted=self._has_adapters)
+
     def _rolled_out(self, inputs: Any) -> Rollouts:
-        self._rolling_out = True
-        rollouts = super()._rolled_out(inputs)
-        self._rolling_out = False
+        watched = "hidden_states" in vars(self)
+        with self.hidden_states.watching() if watched else nullcontext():
+            rollouts = super()._rolled_out(inputs)
         if self.credit.targeted:
             rollouts.batch["length_target"] = self._targets(inputs, rollouts.generated.device)
         return rollouts
 
     def _refilled(self, first: Rollouts, prompts: PromptStream) -> Rollouts:
         rollouts = super()._refilled(first, prompts)
-        if rollouts is not first and isinstance(self.length_critic, SharedCritic):
-            self.length_critic.forget()
+        if rollouts is not first and "hidden_states" in vars(self):
+            self.hidden_states.forget()
         return rollouts
 
     def _teaching(self, rollouts: Rollouts) -> Tensor | None:

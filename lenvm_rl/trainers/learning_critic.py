@@ -2,16 +2,14 @@
 
 1. **Online**: a pretrained critic with an optimizer of its own (`side_model.py`), regressed on every batch of rollouts.
 2. **Refresh**: the same, on the latest batches, and only while it explains too little of the newest one.
-3. **Shared**: a value head on the policy's own hidden states, which costs no second model. Where TRL computes old
-   log-probabilities, their forward is also that of the head; elsewhere the policy's decoder runs once more. No gradient
-   reaches the policy.
+3. **Shared**: a value head on the policy's own hidden states (`hidden_states.py`), which costs no second model and as
+   a rule no forward. No gradient reaches the policy.
 
 A batch is judged before it is learned from, so that no advantage is measured against its own return. Targets are
 Monte-Carlo returns of the states before each token; the tail of a cut completion has the value that the critic gave it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel
 from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.critic import CriticOutput, LengthCritic, micro_batches, without_padding
 from lenvm_rl.model import LengthValueHead, LengthValueModel
+from lenvm_rl.trainers.hidden_states import HiddenStates
 from lenvm_rl.trainers.side_model import SideModel
 
 
@@ -146,18 +145,18 @@ class SharedCritic(LengthCritic):
     """A value head on the policy's hidden states, without gradient to the policy.
 
     Args:
-        decoder: gives the policy's decoder, whose last hidden states are read.
+        hidden_states: of the policy.
         hidden_size: of these.
         accelerator: the trainer's.
         gamma: discount.
-        token_budget: tokens of one forward of the decoder, where TRL makes none.
+        token_budget: tokens of one forward while it learns.
         learning_rate: of the head's AdamW.
         steps: optimizer steps on each batch of rollouts.
     """
 
     def __init__(
         self,
-        decoder: Callable[[], nn.Module],
+        hidden_states: HiddenStates,
         hidden_size: int,
         accelerator: Accelerator,
         *,
@@ -174,53 +173,21 @@ class SharedCritic(LengthCritic):
         self.side = SideModel(
             head.requires_grad_(True), accelerator, learning_rate=learning_rate, replicate=True, name="length head"
         )
-        self.decoder, self.steps = decoder, steps
+        self.hidden_states, self.steps = hidden_states, steps
         self._states = torch.empty(0)
-        self._seen: list[Tensor] = []
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside, the hidden states of the decoder's forwards are kept for the next `score`."""
-        self._seen = []
-        hook = self.decoder().register_forward_hook(
-            lambda module, inputs, output: self._seen.append(output[0].detach())
-        )
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def forget(self) -> None:
-        """The rollouts that come next are not those that were watched."""
-        self._seen = []
 
     @torch.no_grad()
     def score(
         self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor, finished: Tensor
     ) -> CriticOutput:
-        steps = completion_ids.size(1) + 1
-        if not self._seen:
-            ids = torch.cat([prompt_ids, completion_ids], 1)
-            present = torch.cat([prompt_mask, completion_mask], 1)
-            self._seen = list(self._forwards(ids, present))
-        self._states = torch.cat([hidden[:, -steps:] for hidden in self._seen])
-        self._seen = []
+        batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+        batch |= {"completion_ids": completion_ids, "completion_mask": completion_mask}
+        self._states = self.hidden_states.of(batch, cut=~finished)
         values = -torch.sigmoid(self.side(hidden=self._states).float())
         lengths = completion_mask.sum(1, keepdim=True)
         after_last = values.gather(1, lengths).squeeze(1)
-        offsets = torch.arange(steps - 1, device=values.device)
+        offsets = torch.arange(completion_ids.size(1), device=values.device)
         return CriticOutput(values[:, :-1].masked_fill(offsets >= lengths, 0.0), after_last.masked_fill(finished, 0.0))
-
-    def _forwards(self, ids: Tensor, present: Tensor) -> Iterator[Tensor]:
-        """As many rows at a time on every process as the budget has room for."""
-        rows = max(1, self.token_budget // ids.size(1))
-        rows = int(self.accelerator.gather(torch.tensor([rows], device=ids.device)).min())
-        decoder = self.decoder()
-        for start in range(0, len(ids), rows):
-            part = slice(start, start + rows)
-            with self.accelerator.autocast():
-                output = decoder(input_ids=ids[part], attention_mask=present[part], use_cache=False)
-            yield output.last_hidden_state
 
     def learn(
         self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float

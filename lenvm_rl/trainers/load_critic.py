@@ -1,7 +1,6 @@
 """The length critic of a run: loaded, checked against the policy, and put where it was asked for."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,6 +11,7 @@ from lenvm_rl.length import check_gamma, gamma_from_horizon
 from lenvm_rl.model import LengthValueConfig, LengthValueModel
 from lenvm_rl.tokenizer_fingerprint import check_same_tokenizer
 from lenvm_rl.trainers.critic_placement import place_critic, whole_weights
+from lenvm_rl.trainers.hidden_states import HiddenStates
 from lenvm_rl.trainers.learning_critic import OnlineCritic, SharedCritic
 from lenvm_rl.trainers.length_metrics import report_of
 
@@ -61,25 +61,19 @@ def load_critic(
     )
 
 
-def head_on_policy(args: Any, accelerator: Accelerator, policy: Callable[[], Any]) -> SharedCritic:
+def head_on_policy(args: Any, accelerator: Accelerator, hidden_states: HiddenStates, hidden_size: int) -> SharedCritic:
     """A fresh value head on the policy's hidden states.
 
     Args:
         args: configuration of a trainer.
         accelerator: the trainer's.
-        policy: gives the model that is trained, as accelerate wrapped it.
+        hidden_states: of the policy.
+        hidden_size: of these.
     """
-
-    def decoder() -> Any:
-        model = accelerator.unwrap_model(policy())
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # under its adapters
-        return model.get_decoder()
-
-    config = accelerator.unwrap_model(policy()).config.get_text_config()
     horizon = gamma_from_horizon(args.max_completion_length)
     return SharedCritic(
-        decoder,
-        config.hidden_size,
+        hidden_states,
+        hidden_size,
         accelerator,
         gamma=check_gamma(args.length_gamma if args.length_gamma is not None else horizon),
         token_budget=args.length_token_budget,

@@ -11,7 +11,6 @@
 """
 
 import logging
-from collections.abc import Sized
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -47,7 +46,6 @@ from lenvm_rl.trainers.task_critic import (
     TaskCritic,
     critic_from_policy,
     load_critic,
-    on_policy,
     save_critic,
     shared_head,
     taken_over,
@@ -101,7 +99,6 @@ class LenVMPPOTrainer(LenVMGRPOTrainer):
         if not isinstance(args, LenVMPPOConfig):
             raise ValueError(f"args must be a LenVMPPOConfig, got {type(args).__name__}.")
         super().__init__(model, reward_funcs, args, *rest, length_critic=length_critic, **kwargs)
-        self._check_prompts()
         with torch.random.fork_rng(devices=[]):  # the first completions are those of GRPO with the same seed
             self.task_critic = self._prepare_task_critic(value_model)
         self.value_watch = ValueWatch(self.args.value_patience)
@@ -113,21 +110,11 @@ class LenVMPPOTrainer(LenVMGRPOTrainer):
         ungated = SimpleNamespace(**vars(self.args) | {"length_gate": "all", "length_unsolved_groups": True})
         return broken_conditions(ungated, task_discount=True)
 
-    def _check_prompts(self) -> None:
-        needed = (self.args.generation_batch_size or 0) // self.num_generations
-        if isinstance(self.train_dataset, Sized) and len(self.train_dataset) < needed:
-            raise ValueError(
-                f"A batch of rollouts needs {needed} prompts, with num_generations={self.num_generations}, but the "
-                f"dataset has {len(self.train_dataset)}, and TRL trains on whole batches only: raise num_generations, "
-                "or lower per_device_train_batch_size."
-            )
-
     def _prepare_task_critic(self, model: PreTrainedModel | None) -> TaskCritic:
         budget, policy = self.args.length_token_budget, self.accelerator.unwrap_model(self.model)
         if model is None and self.args.value_model == SHARED:
             head = shared_head(policy.config.get_text_config().hidden_size)
-            decoder = on_policy(self.accelerator, lambda: self.model)
-            return SharedTaskCritic(self._side_model(head), decoder, budget)
+            return SharedTaskCritic(self._side_model(head), self.hidden_states)
         if model is None and self.args.value_model is None:
             model = critic_from_policy(policy)
         elif model is None:

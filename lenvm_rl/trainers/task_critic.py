@@ -10,13 +10,12 @@
    the same value when it is judged and when it is learned from.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
@@ -26,6 +25,7 @@ from lenvm_rl.model import Float32Linear, LengthValueHead
 from lenvm_rl.official_checkpoint import find_file
 from lenvm_rl.tokenizer_fingerprint import tokenizer_fingerprint
 from lenvm_rl.trainers.critic_placement import is_partitioned
+from lenvm_rl.trainers.hidden_states import HiddenStates
 from lenvm_rl.trainers.side_model import SideModel
 
 Batch = dict[str, Any]
@@ -80,12 +80,11 @@ class SharedTaskCritic:
 
     Args:
         side: a `LengthValueHead` with its optimizer; its outputs are the values.
-        decoder: gives the policy's decoder.
-        token_budget: tokens of one forward of the decoder while scoring, padding included.
+        hidden_states: of the policy.
     """
 
-    def __init__(self, side: SideModel, decoder: Callable[[], nn.Module], token_budget: int) -> None:
-        self.side, self.decoder, self.token_budget = side, decoder, token_budget
+    def __init__(self, side: SideModel, hidden_states: HiddenStates) -> None:
+        self.side, self.hidden_states = side, hidden_states
         self._seen: Tensor | None = None
 
     @contextmanager
@@ -95,7 +94,7 @@ class SharedTaskCritic:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             self._seen = output[0]
 
-        hook = self.decoder().register_forward_hook(keep)
+        hook = self.hidden_states.decoder().register_forward_hook(keep)
         try:
             yield
         finally:
@@ -103,18 +102,8 @@ class SharedTaskCritic:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        present = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-        accelerator, decoder = self.side.accelerator, self.decoder()
-        room = torch.tensor([max(1, self.token_budget // ids.size(1))], device=ids.device)
-        rows = int(accelerator.gather(room).min())  # as many forwards on every process
-        values = []
-        for start in range(0, len(ids), rows):
-            part = slice(start, start + rows)
-            with accelerator.autocast():
-                output = decoder(input_ids=ids[part], attention_mask=present[part], use_cache=False)
-            values.append(self.side(hidden=self._before_tokens(output.last_hidden_state, batch)))
-        return torch.cat(values).float()
+        values: Tensor = self.side(hidden=self.hidden_states.of(batch)[:, :-1])
+        return values.float()
 
     def values(self, batch: Batch) -> Tensor:
         """After `watching`: with gradient to the head alone."""
@@ -314,15 +303,3 @@ def save_critic(critic: TaskCritic, folder: str | Path, tokenizer: Any) -> bool:
     if critic.side.accelerator.is_main_process:
         tokenizer.save_pretrained(str(folder))
     return True
-
-
-def on_policy(accelerator: Accelerator, policy: Callable[[], Any]) -> Callable[[], nn.Module]:
-    """Gives the decoder of a policy that accelerate wrapped, under its adapters."""
-
-    def decoder() -> nn.Module:
-        model: Any = accelerator.unwrap_model(policy())
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        found: nn.Module = model.get_decoder()
-        return found
-
-    return decoder

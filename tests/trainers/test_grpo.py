@@ -368,3 +368,11 @@ def test_the_saved_configuration_is_json(tmp_path, tiny_run):
     config = LenVMGRPOConfig(output_dir=str(tmp_path), **tiny_run)
     assert json.loads(json.dumps(config.to_dict()))["length_gate"] == "correct"
     assert Path(config.output_dir) == tmp_path
+
+
+def test_a_dataset_smaller_than_a_batch_of_rollouts_is_refused(train, prompts):
+    # TRL would train nothing, and say so in the log only
+    with pytest.raises(
+        ValueError, match="A batch of rollouts needs 2 prompts, with num_generations=4, but the dataset"
+    ):
+        train(length_coef=0.0, train_dataset=prompts(1))

@@ -7,7 +7,6 @@ from torch import tensor
 from torch.testing import assert_close
 
 from lenvm_rl.model import LengthValueModel
-from lenvm_rl.trainers.grpo import LenVMGRPOTrainer
 from lenvm_rl.trainers.learning_critic import OnlineCritic, fit, own_shares
 from lenvm_rl.trainers.side_model import SideModel
 
@@ -107,53 +106,6 @@ def test_a_refresh_waits_until_the_critic_explains_too_little(train, critic_fold
         max_steps=3,
     )
     assert needy.length_critic.side.steps == 3 * (1 + 2 + 2)  # batches at hand: one, then two
-
-
-class Spied(LenVMGRPOTrainer):
-    """Counts the forwards that a shared critic asks for itself."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        forwards, self.own_forwards = self.length_critic._forwards, 0
-
-        def counted(*inputs):
-            self.own_forwards += 1
-            return forwards(*inputs)
-
-        self.length_critic._forwards = counted
-
-
-REUSED = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1, "max_steps": 4}
-
-
-def test_a_shared_critic_reads_the_forward_that_gives_old_log_probabilities(train):
-    reusing = train(Spied, length_critic="shared", **REUSED)
-    assert reusing.own_forwards == 0 and reusing.length_critic.side.steps == 4
-    plain = train(Spied, length_critic="shared")
-    assert plain.own_forwards == 2  # one for each batch, where TRL makes none
-
-
-def test_both_ways_to_read_the_policy_give_the_same_values(train):
-    class Both(Spied):
-        def _assign_credit(self, rollouts):
-            critic, batch = self.length_critic, rollouts.batch
-            parts = [batch[n] for n in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
-            finished, seen = self._finished(batch), list(critic._seen)
-            torch.nn.init.normal_(critic.side.model.summary.weight)
-            watched = critic.score(*parts, finished)
-            own = critic.score(*parts, finished)
-            for a, b in zip(watched, own, strict=True):
-                assert_close(a, b, atol=1e-5, rtol=0)
-            assert seen and self.own_forwards == 1
-            critic._seen = seen
-            super()._assign_credit(rollouts)
-
-    train(Both, length_critic="shared", **(REUSED | {"max_steps": 1}))
-
-
-def test_dynamic_sampling_makes_a_shared_critic_read_the_merged_batch(train):
-    trainer = train(Spied, length_critic="shared", dynamic_sampling=True, max_resample_rounds=2, **REUSED)
-    assert all(torch.isfinite(weight).all() for weight in trainer.model.parameters())
 
 
 def test_no_gradient_of_the_head_reaches_the_policy(train):
