@@ -76,6 +76,12 @@ drpo = DRPOTrainer(AutoModelForCausalLM.from_pretrained(policy), two_thirds_are_
                    data, processing_class=tokenizer)
 drpo.train()
 
+shared = LenVMGRPOTrainer(AutoModelForCausalLM.from_pretrained(policy), two_thirds_are_hopeless,
+                          LenVMGRPOConfig(f"{folder}/shared", length_critic="shared", max_steps=4, save_strategy="no",
+                                          length_critic_trust=0.0, **OPTIONS),
+                          data, processing_class=tokenizer)
+shared.train()
+
 
 def weights(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -89,6 +95,8 @@ torch.save(
         "positions": [whole.refill_prompts.position, resumed.refill_prompts.position],
         "histories": [history.state_dict(), again.state_dict()],
         "drpo_logs": drpo.state.log_history,
+        "shared": weights(shared), "head": dict(shared.length_critic.side.model.state_dict()),
+        "read_again": shared.hidden_states.read_again,
     },
     f"{folder}/rank{whole.accelerator.process_index}.pt",
 )
@@ -174,3 +182,10 @@ def test_drpo_stays_the_same_model_on_both(ranks):
     assert_equal_weights(ranks[0]["drpo"], ranks[1]["drpo"])
     kl = [entry["drpo/kl"] for entry in ranks[0]["drpo_logs"] if "drpo/kl" in entry]
     assert len(kl) == 4 and kl[0] == 0 and kl[1] > 0
+
+
+def test_a_head_on_the_policy_is_the_same_on_both_whatever_each_must_read_again(ranks):
+    assert_equal_weights(ranks[0]["shared"], ranks[1]["shared"])
+    assert_equal_weights(ranks[0]["head"], ranks[1]["head"])
+    assert any(weight.abs().sum() > 0 for name, weight in ranks[0]["head"].items() if "summary" in name)  # it learned
+    assert ranks[0]["read_again"] != ranks[1]["read_again"]
