@@ -1,6 +1,7 @@
 """What a training run leaves behind for a person: a table, curves, sample completions and ``summary.json``."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,14 @@ def training_curve(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
         **{name: f"length/{name}" for name in ("coef", "explained_variance", "trust")},
     }
     return [
-        {"step": entry["step"], **{name: entry[key] for name, key in names.items() if entry.get(key) is not None}}
+        {"step": entry["step"], **{name: entry[key] for name, key in names.items() if _is_number(entry.get(key))}}
         for entry in log_history
         if "length/correct_rate" in entry
     ]
+
+
+def _is_number(logged: float | None) -> bool:
+    return logged is not None and not math.isnan(logged)
 
 
 def console() -> Console:

@@ -56,7 +56,7 @@ def test_the_recipe_trains_evaluates_and_leaves_its_results(tmp_path):
     trained = AutoModelForCausalLM.from_pretrained(output)
     start = AutoModelForCausalLM.from_pretrained(model_path("embedded/policy"))
     assert not torch.equal(trained.model.norm.weight, start.model.norm.weight)
-    assert documented_metrics() <= logged_to_wandb(tmp_path)
+    assert documented_metrics() - {"length/critic_loss"} <= logged_to_wandb(tmp_path)  # a frozen critic has none
 
 
 def logged_to_wandb(folder: Path) -> set[str]:

@@ -1,6 +1,6 @@
 """PPO on a problem whose optimal policy is known.
 
-Two prompts, two words. After "x" the completion "a b" earns 1 and "b" earns .2; after "y" it is the other way round;
+Two prompts, two words. After "x" the completion "a b" earns 1 and "b" earns .1; after "y" it is the other way round;
 anything else, a completion that is cut among it, earns 0. Words are actions and prefixes are states: in "x" a, then b,
 then the end is optimal, although under a policy that knows nothing "b" earns more often. Every state on the way is then
 worth 1.
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lenvm_rl.trainers.ppo import LenVMPPOConfig, LenVMPPOTrainer
 
 WORDS = ["<pad>", "<eos>", "x", "y", "a", "b"]
-REWARDS = {("x", "a b"): 1.0, ("x", "b"): 0.2, ("y", "b"): 1.0, ("y", "a b"): 0.2}
+REWARDS = {("x", "a b"): 1.0, ("x", "b"): 0.1, ("y", "b"): 1.0, ("y", "a b"): 0.1}
 OPTIMAL = {"x": ["a", "b", "<eos>"], "y": ["b", "<eos>"]}
 
 
@@ -66,7 +66,13 @@ def policy():
         pytest.param({"lam": 0.95}, id="fixed lambda"),
         pytest.param({"length_adaptive_lambda": 1.0}, id="adaptive lambda", marks=pytest.mark.slow),
         pytest.param(
-            {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1},
+            {
+                "num_iterations": 2,
+                "steps_per_generation": 2,
+                "gradient_accumulation_steps": 1,
+                "learning_rate": 5e-3,
+                "max_steps": 240,
+            },
             id="epochs of minibatches",
             marks=pytest.mark.slow,
         ),
@@ -78,12 +84,12 @@ def test_it_finds_the_optimal_policy_and_the_value_of_its_states(words_tokenizer
         "per_device_train_batch_size": 64 if "num_iterations" not in options else 32,
         "max_completion_length": 4,
         "learning_rate": 1e-2,
-        "entropy_coef": 0.02,
+        "entropy_coef": 0.05,
         "lr_scheduler_type": "constant",
         "value_learning_rate": 2e-2,
         "value_warmup_steps": 5,
         "length_coef": 0.0,
-        "max_steps": 80,
+        "max_steps": 120,
         "logging_steps": 20,
         "use_cpu": True,
         "bf16": False,
