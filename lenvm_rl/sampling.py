@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lenvm_rl.eval_mode import eval_mode
 
 Prompt = str | list[dict[str, Any]]
 """Text, or a conversation in the chat format."""
@@ -76,8 +79,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         ValueError: there is none.
     """
-    declared = model.generation_config.eos_token_id
-    ends = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    ends = declared_end_ids(model)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends = [tokenizer.eos_token_id, *ends]
     if not ends:
@@ -86,6 +88,12 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "finish: set tokenizer.eos_token."
         )
     return ends
+
+
+def declared_end_ids(model: Any) -> list[int]:
+    """Ids that end a completion, as the model's generation settings have them."""
+    declared = model.generation_config.eos_token_id
+    return [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
 
 
 @torch.no_grad()
@@ -111,9 +119,6 @@ def sample_completions(
     Raises:
         ValueError: an empty prompt, or no end token.
     """
-    for row, ids in enumerate(prompt_ids):
-        if not ids:
-            raise ValueError(f"prompt {row} has no tokens: there is nothing to complete.")
     ends = end_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     generation = GenerationConfig(
@@ -127,21 +132,60 @@ def sample_completions(
         pad_token_id=pad,
         eos_token_id=ends,
     )
+
+    def generate(input_ids: Tensor, mask: Tensor, rows: slice) -> Tensor:
+        generated: Tensor = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=generation)
+        return generated
+
+    return complete_in_batches(model, prompt_ids, generate, ends, pad, batch_size=batch_size, on_batch=on_batch)
+
+
+def complete_in_batches(
+    model: Any,
+    prompt_ids: Sequence[list[int]],
+    generate: Callable[[Tensor, Tensor, slice], Tensor],
+    ends: list[int],
+    pad_token_id: int,
+    *,
+    batch_size: int,
+    on_batch: Callable[[int, int], None],
+) -> list[Completion]:
+    """One completion for each prompt, in the order of the prompts.
+
+    Args:
+        model: its training mode is restored.
+        prompt_ids: token ids of each prompt, unpadded.
+        generate: given ids and mask of some prompts, padded on the left, and which ones they are, returns prompt and
+            completion of each.
+        ends: ids that end a completion.
+        pad_token_id: fills the rows.
+        batch_size: prompts of one call.
+        on_batch: called after each batch with the completions and tokens it made.
+
+    Raises:
+        ValueError: an empty prompt.
+    """
+    for row, ids in enumerate(prompt_ids):
+        if not ids:
+            raise ValueError(f"prompt {row} has no tokens: there is nothing to complete.")
     completions: list[Completion] = []
-    training, model = model.training, model.eval()
-    try:
+    with eval_mode(model):
         for start in range(0, len(prompt_ids), batch_size):
-            rows = prompt_ids[start : start + batch_size]
-            width = max(map(len, rows))
-            input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-            generated = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=generation)
-            batch = [until_end(row, ends) for row in generated[:, width:].tolist()]
+            rows = slice(start, start + batch_size)
+            input_ids, mask = left_padded(prompt_ids[rows], pad_token_id, model.device)
+            generated = generate(input_ids, mask, rows)
+            batch = [until_end(row, ends) for row in generated[:, input_ids.size(1) :].tolist()]
             completions += batch
             on_batch(len(batch), sum(len(completion.ids) for completion in batch))
-    finally:
-        model.train(training)
     return completions
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B, P) that end together on the right, and their mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def sample_texts(

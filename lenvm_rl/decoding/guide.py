@@ -24,7 +24,7 @@ from lenvm_rl.decoding.generation_rows import GenerationRows
 from lenvm_rl.decoding.scorer import CachedCritic, CandidateScorer
 from lenvm_rl.decoding.steering import Request, Steering, truncation
 from lenvm_rl.model import LengthValueModel
-from lenvm_rl.sampling import Completion, until_end
+from lenvm_rl.sampling import Completion, complete_in_batches, declared_end_ids
 from lenvm_rl.tokenizer_fingerprint import check_same_tokenizer
 
 __all__ = ["Controls", "LengthGuide", "guided_completions", "scorer_and_ends"]
@@ -238,9 +238,8 @@ class LengthGuide(LogitsProcessor):
         self._rows = rows
 
     def _end_ids(self, model: Any) -> list[int]:
-        declared = model.generation_config.eos_token_id
-        ends = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-        self.steering.end_token_ids = list(dict.fromkeys([*self.steering.end_token_ids, *ends]))
+        ends = [*self.steering.end_token_ids, *declared_end_ids(model)]
+        self.steering.end_token_ids = list(dict.fromkeys(ends))
         return self.steering.end_token_ids
 
     def _check_room(self, model: Any, attention_mask: Tensor, max_new_tokens: int) -> None:
@@ -296,35 +295,23 @@ def guided_completions(
     Raises:
         ValueError: an empty prompt, or controls that do not fit (see `LengthGuide.generate`).
     """
-    for row, ids in enumerate(prompt_ids):
-        if not ids:
-            raise ValueError(f"prompt {row} has no tokens: there is nothing to complete.")
     given = _for_rows(controls, len(prompt_ids), len(prompt_ids)) if prompt_ids else []
-    pad = model.generation_config.pad_token_id
-    pad = guide.steering.end_token_ids[0] if pad is None else pad
-    completions: list[Completion] = []
-    training, model = model.training, model.eval()
-    try:
-        for start in range(0, len(prompt_ids), batch_size):
-            rows = prompt_ids[start : start + batch_size]
-            width = max(map(len, rows))
-            input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-            generated = guide.generate(
-                model,
-                input_ids,
-                mask,
-                given[start : start + batch_size],
-                max_new_tokens=max_new_tokens,
-                do_sample=do_sample,
-                pad_token_id=pad,
-            )
-            batch = [until_end(row, guide.steering.end_token_ids) for row in generated[:, width:].tolist()]
-            completions += batch
-            on_batch(len(batch), sum(len(completion.ids) for completion in batch))
-    finally:
-        model.train(training)
-    return completions
+    ends, pad = guide._end_ids(model), model.generation_config.pad_token_id
+    pad = ends[0] if pad is None else pad
+
+    def generate(input_ids: Tensor, mask: Tensor, rows: slice) -> Tensor:
+        generated: Tensor = guide.generate(
+            model,
+            input_ids,
+            mask,
+            given[rows],
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            pad_token_id=pad,
+        )
+        return generated
+
+    return complete_in_batches(model, prompt_ids, generate, ends, pad, batch_size=batch_size, on_batch=on_batch)
 
 
 def scorer_and_ends(

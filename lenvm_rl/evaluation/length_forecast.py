@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from lenvm_rl.critic import TOKEN_BUDGET
+from lenvm_rl.eval_mode import eval_mode
 from lenvm_rl.evaluation.state_logits import for_each_rollout
 from lenvm_rl.length import check_gamma, logit_to_remaining
 from lenvm_rl.length_distribution import LengthDistribution, length_edges
@@ -196,9 +197,7 @@ def _states(
 
 @torch.no_grad()
 def _for_each_hidden(critic: LengthValueModel, rollouts: Dataset, read: Any, token_budget: int) -> None:
-    training = critic.training
-    critic.eval()
-    try:
+    with eval_mode(critic):
         for_each_rollout(
             lambda ids: critic.model(input_ids=ids).last_hidden_state,
             rollouts,
@@ -206,5 +205,3 @@ def _for_each_hidden(critic: LengthValueModel, rollouts: Dataset, read: Any, tok
             device=critic.device,
             token_budget=token_budget,
         )
-    finally:
-        critic.train(training)

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from lenvm_rl.critic import TOKEN_BUDGET, micro_batches
+from lenvm_rl.eval_mode import eval_mode
 from lenvm_rl.evaluation.length_scores import LengthValueScores, LengthValueStatistics
 from lenvm_rl.evaluation.prompt_scores import PromptScores, baseline_values, prompt_lengths, prompt_scores
 from lenvm_rl.length import check_gamma
@@ -107,9 +108,7 @@ def evaluate_lenvm(
     kept = set(rng.permutation(len(rollouts))[:curves].tolist())
     rows_of, collate = rollouts.with_format("numpy"), LengthValueCollator(0)
     statistics, values, kept_curves = LengthValueStatistics(gamma), np.empty(len(rollouts)), {}
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for rows in micro_batches(rollout_lengths(rollouts).tolist(), token_budget):
             batch = rows_of[rows]
             members = [{name: column[i] for name, column in batch.items()} for i in range(len(rows))]
@@ -123,8 +122,6 @@ def evaluate_lenvm(
                     z = logits[i, first : first + len(member["completion_ids"]) + 1].numpy()
                     prompt, completion = (member[name].tolist() for name in ("prompt_ids", "completion_ids"))
                     kept_curves[row] = ValueCurve(prompt, completion, bool(member["finished"]), z)
-    finally:
-        model.train(training)
     true, predicted = prompt_lengths(values, lengths, groups, gamma)
     temperature = model.config.temperature or 1.0
     baselines = baseline_values(rollouts, groups, gamma, fit_on, policy, temperature, rng)

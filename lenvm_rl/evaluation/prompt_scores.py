@@ -17,10 +17,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from lenvm_rl.advantages.statistics import explained_variance_of_sums
+from lenvm_rl.eval_mode import eval_mode
 from lenvm_rl.evaluation.calibration import ValueHistogram, calibration_error
 from lenvm_rl.evaluation.length_scores import moments
 from lenvm_rl.length import remaining_to_value
 from lenvm_rl.pretraining.data import completion_lengths, prompt_groups
+from lenvm_rl.sampling import left_padded
 
 SPLITS = 64
 """Random halvings that a noise floor averages over."""
@@ -188,26 +190,20 @@ def first_token_entropy(
         temperature: at which the policy is sampled.
         batch_size: prompts of one forward.
     """
-    training = policy.training
-    policy.eval()
     entropies = np.empty(len(prompt_ids))
     order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
-    try:
+    with eval_mode(policy):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            width = len(prompt_ids[rows[0]])
-            ids = torch.tensor([[0] * (width - len(prompt_ids[r])) + list(prompt_ids[r]) for r in rows])
-            mask = torch.tensor([[0] * (width - len(prompt_ids[r])) + [1] * len(prompt_ids[r]) for r in rows])
+            ids, mask = left_padded([prompt_ids[row] for row in rows], 0, policy.device)
             logits = policy(
-                input_ids=ids.to(policy.device),
-                attention_mask=mask.to(policy.device),
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(policy.device),
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                 logits_to_keep=1,
             ).logits[:, -1]
             log_p = torch.log_softmax(logits.float() / temperature, -1)
             entropies[rows] = -(log_p.exp() * log_p).nan_to_num().sum(-1).cpu().numpy()
-    finally:
-        policy.train(training)
     return entropies
 
 

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from lenvm_rl.critic import TOKEN_BUDGET, micro_batches
+from lenvm_rl.eval_mode import eval_mode
 from lenvm_rl.model import LengthValueModel
 from lenvm_rl.pretraining.data import LengthValueCollator, rollout_lengths
 
@@ -50,14 +51,10 @@ def state_logits(model: LengthValueModel, rollouts: Dataset, *, token_budget: in
     def read(row: int, tokens: int, logits: Tensor) -> None:
         found[row] = logits.double().cpu().numpy()
 
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for_each_rollout(
             lambda ids: model(input_ids=ids).logits, rollouts, read, device=model.device, token_budget=token_budget
         )
-    finally:
-        model.train(training)
     return found
 
 
@@ -74,15 +71,11 @@ def prompt_logits(
         if not len(ids):
             raise ValueError(f"prompt {row} has no tokens, so there is no state to predict a length from.")
     found = np.zeros(len(prompt_ids))
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for rows in micro_batches([len(ids) for ids in prompt_ids], token_budget):
             width = max(len(prompt_ids[row]) for row in rows)
             padded = [[*prompt_ids[row], *[0] * (width - len(prompt_ids[row]))] for row in rows]
             logits = model(input_ids=torch.tensor(padded, device=model.device)).logits
             last = torch.tensor([len(prompt_ids[row]) - 1 for row in rows], device=logits.device)
             found[rows] = logits.gather(1, last[:, None]).squeeze(1).double().cpu().numpy()
-    finally:
-        model.train(training)
     return found

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from lenvm_rl.critic import TOKEN_BUDGET, micro_batches
-from lenvm_rl.sampling import Completion
+from lenvm_rl.eval_mode import eval_mode
+from lenvm_rl.sampling import Completion, left_padded
 
 NGRAM = 4
 
@@ -70,14 +71,11 @@ def surprises(
     """
     rows = [[*prompt, *c.ids] for prompt, c in zip(prompt_ids, completions, strict=True)]
     found: list[np.ndarray] = [np.zeros(0)] * len(rows)
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in micro_batches([len(row) for row in rows], token_budget):
-            width, most = max(len(rows[i]) for i in batch), max(len(completions[i].ids) for i in batch)
+            most = max(len(completions[i].ids) for i in batch)
             # on the left, so that the completions stand together at the right end, where alone logits are needed
-            ids = torch.tensor([[0] * (width - len(rows[i])) + rows[i] for i in batch], device=model.device)
-            mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in batch], device=model.device)
+            ids, mask = left_padded([rows[i] for i in batch], 0, model.device)
             logits = model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -89,8 +87,6 @@ def surprises(
                 if count:
                     log_p = torch.log_softmax(logits[number, -count:].float() / temperature, -1)
                     found[i] = -log_p.gather(1, ids[number, -count:, None]).squeeze(1).double().cpu().numpy()
-    finally:
-        model.train(training)
     return found
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import Sampler
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lenvm_rl.eval_mode import eval_mode
 from lenvm_rl.pretraining.data import NO_TARGET, LengthValueCollator, state_labels
 
 Layout = Literal["rows", "one row", "documents"]
@@ -172,13 +173,9 @@ def _keeps_documents_apart(backbone: PreTrainedModel) -> bool:
         row = torch.tensor([ids], device=device) % backbone.config.vocab_size
         return backbone(input_ids=row, position_ids=position_ids, use_cache=False).last_hidden_state[0].float()
 
-    training = backbone.training
-    backbone.eval()
-    try:
+    with eval_mode(backbone):
         packed = hidden(first + second, positions)
         alone = torch.cat([hidden(first, positions[:, :5]), hidden(second, positions[:, 5:])])
-    finally:
-        backbone.train(training)
     tolerance = 1e-3 if backbone.dtype == torch.float32 else 5e-2
     return bool((packed - alone).norm() <= tolerance * alone.norm())
 
