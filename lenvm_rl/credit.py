@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lenvm_rl.advantages import RowStats, pooled
+from lenvm_rl.advantages.types import Moments
 
 LengthMode = Literal["additive", "shaping"]
 LengthGate = Literal["all", "correct", "solve_rate"]
@@ -141,5 +142,12 @@ def gated_std(stats: RowStats, gate: Tensor, reduce: Callable[[Tensor], Tensor] 
     Returns:
         0-dim float32, at least `SMALLEST_SCALE`.
     """
-    variance = pooled(torch.where(gate > 0, stats.tokens, 0), stats.length, reduce).variance
+    return std_over_gated(stats.tokens, stats.length, gate, reduce)
+
+
+def std_over_gated(
+    tokens: Tensor, moments: Moments, gate: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Tensor:
+    """`gated_std` of any quantity, from the (B,) tokens and moments of its rows."""
+    variance = pooled(torch.where(gate > 0, tokens, 0), moments, reduce).variance
     return variance.sqrt().clamp(min=SMALLEST_SCALE).float()

@@ -95,11 +95,10 @@ class LengthCritic:
         ids, prompt_lengths, lengths = without_padding(prompt_ids, prompt_mask, completion_ids, completion_mask)
         values = self._values(ids, prompt_lengths + lengths)
 
-        first = (prompt_lengths - 1)[:, None]  # s_0 is the last prompt token
         offsets = torch.arange(completion_ids.size(1), device=ids.device)
-        before = values.gather(1, (first + offsets).clamp(max=ids.size(1) - 1))
+        before = before_tokens(values, prompt_lengths, completion_ids.size(1))
         before = before.masked_fill(offsets >= lengths[:, None], 0.0)
-        after_last = values.gather(1, first + lengths[:, None]).squeeze(1)
+        after_last = values.gather(1, (prompt_lengths + lengths - 1)[:, None]).squeeze(1)
         return CriticOutput(before, after_last.masked_fill(finished, 0.0))
 
     def calibration(self, values: Tensor, mask: Tensor, finished: Tensor) -> Calibration:
@@ -140,22 +139,6 @@ class LengthCritic:
             relative_error=relative / completions,
             completions=int(completions),
         )
-
-    def learn(
-        self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float
-    ) -> dict[str, float]:
-        """What a critic that learns during the run does with rollouts that it has judged. A frozen one does nothing.
-
-        Args:
-            batch: `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`, as for `score`.
-            mask: (B, T) bool, the policy's own tokens.
-            targets: (B, T) Monte-Carlo returns of the states before each token.
-            explained_variance: how well it judged them.
-
-        Returns:
-            What to log of it.
-        """
-        return {}
 
     def _values(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """(B, P+T) values of right-padded rows, 0 beyond their lengths."""
@@ -200,6 +183,13 @@ def without_padding(
     present = torch.cat([prompt_mask, completion_mask], 1).bool()
     order = (~present).to(torch.uint8).argsort(dim=1, stable=True)  # present tokens first, in their order
     return torch.cat([prompt_ids, completion_ids], 1).gather(1, order), prompt_lengths, lengths
+
+
+def before_tokens(outputs: Tensor, prompt_lengths: Tensor, tokens: int) -> Tensor:
+    """(B, T) outputs of the states before each completion token, of right-padded rows; anything beyond their ends."""
+    # s_0 is the last prompt token
+    places = prompt_lengths[:, None] - 1 + torch.arange(tokens, device=outputs.device)
+    return outputs.gather(1, places.clamp(max=outputs.size(1) - 1))
 
 
 def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:

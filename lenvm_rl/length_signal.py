@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from lenvm_rl.advantages import Advantages
-from lenvm_rl.credit import SMALLEST_SCALE, LengthCredit
+from lenvm_rl.advantages.statistics import row_moments
+from lenvm_rl.credit import LengthCredit, std_over_gated
 from lenvm_rl.length import remaining_to_value
 
 Reduce = Callable[[Tensor], Tensor]
@@ -98,7 +99,7 @@ def finished_signal(
     """
     felt = mask & (gate > 0)[:, None]
     if credit.scale == "std":
-        signal = signal / _std(signal[felt], reduce)
+        signal = signal / std_over_gated(mask.sum(1), row_moments(signal, mask), gate, reduce)
     if credit.clip is not None:
         signal = signal.clamp(-credit.clip, credit.clip)
     if credit.resolution == "completion":
@@ -107,11 +108,3 @@ def finished_signal(
         tokens, total = reduce(torch.stack([felt.sum().double(), signal[felt].double().sum()]))
         signal = (total / tokens.clamp(min=1)).to(signal.dtype).expand_as(signal)
     return torch.where(mask, gate[:, None] * signal, 0.0)
-
-
-def _std(felt: Tensor, reduce: Reduce) -> Tensor:
-    """Standard deviation over all processes, in two passes: a sum of squares loses what is small beside its mean."""
-    own = felt.double()
-    tokens, total = reduce(torch.stack([torch.ones_like(own).sum(), own.sum()]))
-    (squares,) = reduce((own - total / tokens.clamp(min=1)).square().sum()[None])
-    return (squares / tokens.clamp(min=1)).sqrt().clamp(min=SMALLEST_SCALE).float()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lenvm_rl.advantages.statistics import explained_variance_of_sums
-from lenvm_rl.advantages.types import Moments
 
 KLEstimator = Literal["k1", "k3"]
 
@@ -83,13 +82,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     within = old_values + (values - old_values).clamp(-clip, clip)
     held_back = (within - returns).square()
     return ValueLoss(0.5 * torch.maximum(errors, held_back).sum(), (held_back > errors).sum().float())
-
-
-def row_moments(x: Tensor, mask: Tensor) -> Moments:
-    """Mean and centred second moment of the masked tokens of each row; 0 of a row without any."""
-    count = mask.sum(1).clamp(min=1)
-    mean = torch.where(mask, x, 0.0).sum(1) / count
-    return Moments(mean, torch.where(mask, x - mean[:, None], 0.0).square().sum(1))
 
 
 class Fit(NamedTuple):

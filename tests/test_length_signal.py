@@ -186,17 +186,12 @@ def test_the_scale_is_that_of_all_processes():
     whole = finished_signal(SIGNAL * MASK, MASK, torch.ones(2), credit)
     # two processes with one row each, whose sums are recorded first and then added up
     sums: list[list] = [[], []]
-    for row in (0, 1):
-        finished_signal((SIGNAL * MASK)[row : row + 1], MASK[row : row + 1], torch.ones(1), credit,
-                        lambda own, row=row: sums[row].append(own) or own)  # fmt: skip
-    first = sums[0][0] + sums[1][0]
-    mean = first[1] / first[0]
-    squares = sum(((SIGNAL[row][MASK[row]].double() - mean) ** 2).sum() for row in (0, 1))[None]
-    for row in (0, 1):
-        answers = iter([first, squares])
-        part = finished_signal((SIGNAL * MASK)[row : row + 1], MASK[row : row + 1], torch.ones(1), credit,
-                               lambda own, answers=answers: next(answers))  # fmt: skip
-        assert_close(part, whole[row : row + 1])
+    parts = [((SIGNAL * MASK)[row : row + 1], MASK[row : row + 1], torch.ones(1), credit) for row in (0, 1)]
+    for row, part in enumerate(parts):
+        finished_signal(*part, lambda own, row=row: sums[row].append(own) or own)
+    for row, part in enumerate(parts):
+        added = map(sum, zip(*sums, strict=True))
+        assert_close(finished_signal(*part, lambda own, added=added: next(added)), whole[row : row + 1])
 
 
 def test_the_mode_of_the_credit_chooses_the_signal():

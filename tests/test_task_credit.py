@@ -6,11 +6,11 @@ from torch import tensor
 from torch.testing import assert_close
 
 from lenvm_rl.advantages import gae, whiten
+from lenvm_rl.advantages.statistics import row_moments
 from lenvm_rl.task_credit import (
     fit_of,
     kl_penalties,
     length_adaptive_lambda,
-    row_moments,
     terminal_rewards,
     value_loss,
 )

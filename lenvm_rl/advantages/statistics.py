@@ -23,6 +23,13 @@ class Pooled(NamedTuple):
         return self.variance * self.tokens / (self.tokens - 1).clamp(min=1)
 
 
+def row_moments(x: Tensor, mask: Tensor) -> Moments:
+    """Mean and centred second moment of the masked tokens of each row; 0 of a row without any."""
+    count = mask.sum(1).clamp(min=1)
+    mean = torch.where(mask, x, 0.0).sum(1) / count
+    return Moments(mean, torch.where(mask, x - mean[:, None], 0.0).square().sum(1))
+
+
 def pooled(tokens: Tensor, moments: Moments, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Pooled:
     """Mean and variance over all tokens of a batch.
 

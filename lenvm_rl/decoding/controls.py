@@ -348,7 +348,10 @@ class _Combined(LengthControl):
         return any(part.forces_end(generated) for part in self.parts)
 
     def reweight(self, log_weights: Tensor, candidates: Candidates, parameters: Tensor) -> Tensor:
-        raise NotImplementedError("a combination is applied part by part")
+        for part in self.parts:
+            own = torch.tensor([part.parameters()], dtype=torch.float64, device=log_weights.device)
+            log_weights = part.reweight(log_weights, candidates, own.expand(len(log_weights), -1))
+        return log_weights
 
     def __repr__(self) -> str:
         return " & ".join(map(repr, self.parts))

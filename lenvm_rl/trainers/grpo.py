@@ -30,7 +30,7 @@ from lenvm_rl.trainers.group_trainer import GroupTrainer, own_tokens
 from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig, check_limits
 from lenvm_rl.trainers.hidden_states import HiddenStates, decoder_of
 from lenvm_rl.trainers.invariance import broken_conditions
-from lenvm_rl.trainers.learning_critic import OnlineCritic, SharedCritic
+from lenvm_rl.trainers.learning_critic import LearningCritic, OnlineCritic, SharedCritic
 from lenvm_rl.trainers.length_metrics import completion_metrics
 from lenvm_rl.trainers.length_settings import SHARED, check_target
 from lenvm_rl.trainers.load_critic import FirstImpression, head_on_policy, load_critic
@@ -137,7 +137,7 @@ class LenVMGRPOTrainer(GroupTrainer):
 
     def saved_parts(self) -> dict[str, SavedPart]:
         parts, critic = super().saved_parts(), self.length_critic
-        if isinstance(critic, OnlineCritic | SharedCritic):
+        if isinstance(critic, LearningCritic):
             parts["length_critic"] = critic
         return parts
 
@@ -172,12 +172,11 @@ class LenVMGRPOTrainer(GroupTrainer):
             model=model,
         )
 
-    def _broken_conditions(self) -> list[str]:
-        """Of invariance under shaping."""
-        return broken_conditions(self.args)
+    _shapes_rewards = False
+    """Shaping is part of the task rewards, not a signal beside them."""
 
     def _say_what_shaping_breaks(self) -> None:
-        broken = self._broken_conditions()
+        broken = broken_conditions(self.args, in_rewards=self._shapes_rewards)
         if broken and self.accelerator.is_main_process:
             warnings.warn(
                 "length_mode='shaping' changes here what is optimal, since the settings break a condition of "
@@ -280,10 +279,9 @@ class LenVMGRPOTrainer(GroupTrainer):
         self._log("length/advantage_std", std.item())
         for name in ("explained_variance", "predicted_tokens", "true_tokens", "relative_error"):
             self._log(f"length/{name}", getattr(calibration, name))
-        if self._mode == "train":
+        if self._mode == "train" and isinstance(critic, LearningCritic):
             targets = values + length_advantages(values, bootstrap, mask, gamma=critic.gamma, lam=1.0)
-            for name, value in critic.learn(batch, mask, targets, calibration.explained_variance).items():
-                self._log(f"length/{name}", value)
+            self._log("length/critic_loss", critic.learn(batch, mask, targets, calibration.explained_variance))
 
     def _task_signal(self, rollouts: Rollouts, mask: Tensor) -> Tensor | TaskSignal:
         """The task's side of the advantages: one number for each completion, or rewards and a critic of its own."""

@@ -16,6 +16,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lenvm_rl.model import LengthValueHead
+
 
 class HiddenStates:
     """Reads the last hidden states of a policy's decoder.
@@ -115,6 +117,15 @@ class HiddenStates:
         self.read_again += len(missing)
         assert states is not None  # rows that were not seen are missing, and there is at least one
         return states
+
+
+def fresh_head(hidden_size: int) -> LengthValueHead:
+    """A head on hidden states that says 0 everywhere; torch's generator stays where it was, and so do the rollouts."""
+    with torch.random.fork_rng(devices=[]):
+        head = LengthValueHead(hidden_size)
+    nn.init.zeros_(head.summary.weight)
+    nn.init.zeros_(head.summary.bias)
+    return head
 
 
 def decoder_of(accelerator: Accelerator, policy: Callable[[], Any]) -> Callable[[], nn.Module]:

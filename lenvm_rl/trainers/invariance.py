@@ -9,26 +9,28 @@ signal like any other.
 
 from typing import Any
 
+from lenvm_rl.trainers.length_settings import SHARED
+
 AVERAGED_PER_COMPLETION = ("grpo", "sapo")
 """Loss types of TRL 1.16 that divide the tokens of a completion by their number."""
 
 
-def broken_conditions(args: Any, *, task_discount: bool = False) -> list[str]:
+def broken_conditions(args: Any, *, in_rewards: bool = False) -> list[str]:
     """Sentences, one for each condition that the settings break.
 
     Args:
         args: configuration of a trainer, with `LengthSettings`.
-        task_discount: the objective has a discount of its own, which shaping takes over (PPO).
+        in_rewards: shaping is part of the task rewards (PPO): of all completions, and under the objective's discount.
     """
     broken = []
-    if args.length_shaping_discounted and not task_discount:
+    if args.length_shaping_discounted and not in_rewards:
         broken.append(
             "the discount: the shaping reward is discounted and GRPO's objective is not, so later states are taxed "
             "(length_shaping_discounted=False)"
         )
-    if args.length_critic_update != "frozen" or args.length_critic == "shared":
+    if args.length_critic_update != "frozen" or args.length_critic == SHARED:
         broken.append("the potential: the critic learns during the run (length_critic_update='frozen')")
-    if args.length_gate != "all" or not args.length_unsolved_groups:
+    if not in_rewards and (args.length_gate != "all" or not args.length_unsolved_groups):
         broken.append(
             "the gate: who is shaped depends on the outcome (length_gate='all' with length_unsolved_groups=True)"
         )

@@ -9,24 +9,53 @@ A batch is judged before it is learned from, so that no advantage is measured ag
 Monte-Carlo returns of the states before each token; the tail of a cut completion has the value that the critic gave it.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from lenvm_rl.atomic_file import atomic_file
-from lenvm_rl.critic import CriticOutput, LengthCritic, micro_batches, without_padding
-from lenvm_rl.model import LengthValueHead, LengthValueModel
-from lenvm_rl.trainers.hidden_states import HiddenStates
+from lenvm_rl.critic import CriticOutput, LengthCritic, before_tokens, micro_batches, without_padding
+from lenvm_rl.model import LengthValueModel
+from lenvm_rl.trainers.hidden_states import HiddenStates, fresh_head
 from lenvm_rl.trainers.side_model import SideModel
 
 
-class OnlineCritic(LengthCritic):
+class LearningCritic(LengthCritic):
+    """What critics that learn have in common: a model with an optimizer, whose state goes into checkpoints."""
+
+    side: SideModel
+
+    @abstractmethod
+    def learn(self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float) -> float:
+        """Learn from rollouts that were judged. Collective.
+
+        Args:
+            batch: `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`, as for `score`.
+            mask: (B, T) bool, the policy's own tokens.
+            targets: (B, T) Monte-Carlo returns of the states before each token.
+            explained_variance: how well it judged them.
+
+        Returns:
+            Mean squared error before each optimizer step; nan where it made none, which TRL leaves out of its averages.
+        """
+
+    def save(self, folder: Path, *, writes: bool = True) -> None:
+        """Write what a resumed run needs, into a folder of its own. Collective with DeepSpeed."""
+        self.side.save(folder, writes=writes)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote. Collective with DeepSpeed."""
+        self.side.load(folder)
+
+
+class OnlineCritic(LearningCritic):
     """A pretrained critic that follows the policy.
 
     Args:
@@ -60,26 +89,22 @@ class OnlineCritic(LengthCritic):
         self.steps, self.refresh_below, self.window = steps, refresh_below, window if refresh_below is not None else 1
         self._recent: list[Judged] = []
 
-    def learn(
-        self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float
-    ) -> dict[str, float]:
+    def learn(self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float) -> float:
         ids, prompt_lengths, lengths = without_padding(
             batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"]
         )
         self._recent = [*self._recent, Judged(ids, prompt_lengths, lengths, mask, targets)][-self.window :]
         if self.refresh_below is not None and not explained_variance < self.refresh_below:
-            return {"critic_loss": float("nan")}  # TRL leaves nan out of its averages
+            return float("nan")
         rows = Judged.joined(self._recent)
 
         def logits(chosen: list[int]) -> Tensor:
             """(rows, T) head outputs of the states before each token."""
             width = int((rows.prompt_lengths + rows.lengths)[chosen].max())
             states = self.side(input_ids=rows.ids[chosen, :width]).logits
-            offsets = torch.arange(rows.mask.size(1), device=ids.device)
-            at = (rows.prompt_lengths[chosen, None] - 1 + offsets).clamp(max=width - 1)
-            return states.gather(1, at)
+            return before_tokens(states, rows.prompt_lengths[chosen], rows.mask.size(1))
 
-        loss = fit(
+        return fit(
             self.side,
             logits,
             rows.mask,
@@ -89,19 +114,16 @@ class OnlineCritic(LengthCritic):
             token_budget=self.token_budget,
             batches=len(self._recent),
         )
-        return {"critic_loss": loss}
 
     def save(self, folder: Path, *, writes: bool = True) -> None:
-        """Write what a resumed run needs, into a folder of its own. Collective with DeepSpeed."""
-        self.side.save(folder, writes=writes)
+        super().save(folder, writes=writes)
         if self.window > 1:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(folder / self._recent_file) as file:
                 torch.save([rows._asdict() for rows in self._recent], file)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote. Collective with DeepSpeed."""
-        self.side.load(folder)
+        super().load(folder)
         if self.window > 1:
             saved = torch.load(folder / self._recent_file, map_location=self.accelerator.device, weights_only=True)
             self._recent = [Judged(**rows) for rows in saved]
@@ -141,7 +163,7 @@ class Judged(NamedTuple):
         return Judged(*columns)
 
 
-class SharedCritic(LengthCritic):
+class SharedCritic(LearningCritic):
     """A value head on the policy's hidden states, without gradient to the policy.
 
     Args:
@@ -165,11 +187,8 @@ class SharedCritic(LengthCritic):
         learning_rate: float,
         steps: int,
     ) -> None:
-        with torch.random.fork_rng(devices=[]):  # the rollouts stay those of a run without it
-            head = LengthValueHead(hidden_size)
+        head = fresh_head(hidden_size)  # V = -1/2 everywhere, where its gradient is largest
         super().__init__(head, accelerator, gamma=gamma, token_budget=token_budget)
-        nn.init.zeros_(head.summary.weight)  # V = -1/2 everywhere, where its gradient is largest
-        nn.init.zeros_(head.summary.bias)
         self.side = SideModel(
             head.requires_grad_(True), accelerator, learning_rate=learning_rate, replicate=True, name="length head"
         )
@@ -189,9 +208,7 @@ class SharedCritic(LengthCritic):
         offsets = torch.arange(completion_ids.size(1), device=values.device)
         return CriticOutput(values[:, :-1].masked_fill(offsets >= lengths, 0.0), after_last.masked_fill(finished, 0.0))
 
-    def learn(
-        self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float
-    ) -> dict[str, float]:
+    def learn(self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float) -> float:
         states = self._states
         loss = fit(
             self.side,
@@ -203,15 +220,7 @@ class SharedCritic(LengthCritic):
             token_budget=self.token_budget,
         )
         self._states = torch.empty(0)
-        return {"critic_loss": loss}
-
-    def save(self, folder: Path, *, writes: bool = True) -> None:
-        """Write what a resumed run needs, into a folder of its own. Collective with DeepSpeed."""
-        self.side.save(folder, writes=writes)
-
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote. Collective with DeepSpeed."""
-        self.side.load(folder)
+        return loss
 
     def as_model(self, policy: PreTrainedModel, tokenizer: Any) -> LengthValueModel:
         """A Length Value Model of its own: the policy's decoder, whole and copied, under the head.
@@ -259,7 +268,7 @@ def fit(
     shares = own_shares(
         steps, len(lengths), batches, accelerator.num_processes, accelerator.process_index, seed=side.steps
     )
-    whole = 0.0
+    whole = torch.zeros((), dtype=torch.float64, device=mask.device)
     side.train()
     for chosen in shares:
         parts = [
@@ -277,10 +286,10 @@ def fit(
             counted = mask[part] if turn < len(parts) else torch.zeros_like(mask[part])
             loss = torch.where(counted, errors, 0.0).sum() / tokens
             side.backward(loss, last=turn + 1 == turns)
-            whole += loss.item() / steps
+            whole += loss.detach() / steps
         side.step()
     side.eval()
-    return float(accelerator.reduce(torch.tensor(whole, device=mask.device), reduction="sum"))
+    return float(accelerator.reduce(whole, reduction="sum"))
 
 
 def own_shares(steps: int, rows: int, batches: int, processes: int, process: int, *, seed: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from lenvm_rl.length_controller import ControllerSettings, check_start
 from lenvm_rl.trainers.critic_placement import check_placement
 
 SHARED = "shared"
-"""`length_critic` that is a value head on the policy's own hidden states."""
+"""Name of a critic that is a value head on the policy's own hidden states."""
 
 CriticUpdateKind = Literal["frozen", "online", "refresh"]
 

@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,21 +22,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lenvm_rl.advantages import Advantages, TaskSignal, gae, whiten
+from lenvm_rl.advantages.statistics import row_moments
 from lenvm_rl.assets import model_path
 from lenvm_rl.model import LengthValueModel
 from lenvm_rl.task_credit import (
     fit_of,
     kl_penalties,
     length_adaptive_lambda,
-    row_moments,
     terminal_rewards,
     value_loss,
 )
 from lenvm_rl.trainers.group_sampling import Rollouts
 from lenvm_rl.trainers.grpo import LenVMGRPOTrainer, own_tokens
-from lenvm_rl.trainers.invariance import broken_conditions
+from lenvm_rl.trainers.hidden_states import fresh_head
+from lenvm_rl.trainers.length_settings import SHARED
 from lenvm_rl.trainers.normalization import combined_rewards
-from lenvm_rl.trainers.ppo_config import SHARED, LenVMPPOConfig
+from lenvm_rl.trainers.ppo_config import LenVMPPOConfig
 from lenvm_rl.trainers.resume import SavedPart, Stateful
 from lenvm_rl.trainers.side_model import SideModel
 from lenvm_rl.trainers.task_critic import (
@@ -47,7 +47,6 @@ from lenvm_rl.trainers.task_critic import (
     critic_from_policy,
     load_critic,
     save_critic,
-    shared_head,
     taken_over,
 )
 
@@ -82,6 +81,7 @@ class LenVMPPOTrainer(LenVMGRPOTrainer):
 
     _tag_names = ["trl", "ppo", "lenvm"]  # noqa: RUF012 (TRL's own declaration)
     _name = "LenVM-PPO"
+    _shapes_rewards = True
 
     args: LenVMPPOConfig
     optimizer: Any  # never None in training
@@ -105,15 +105,10 @@ class LenVMPPOTrainer(LenVMGRPOTrainer):
         self._update = _Update()
         self._logps: Tensor | None = None
 
-    def _broken_conditions(self) -> list[str]:
-        # rewards are shaped for all completions, whatever the gate
-        ungated = SimpleNamespace(**vars(self.args) | {"length_gate": "all", "length_unsolved_groups": True})
-        return broken_conditions(ungated, task_discount=True)
-
     def _prepare_task_critic(self, model: PreTrainedModel | None) -> TaskCritic:
         budget, policy = self.args.length_token_budget, self.accelerator.unwrap_model(self.model)
         if model is None and self.args.value_model == SHARED:
-            head = shared_head(policy.config.get_text_config().hidden_size)
+            head = fresh_head(policy.config.get_text_config().hidden_size)
             return SharedTaskCritic(self._side_model(head), self.hidden_states)
         if model is None and self.args.value_model is None:
             model = critic_from_policy(policy)

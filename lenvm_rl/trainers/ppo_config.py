@@ -7,10 +7,8 @@ from typing import get_args
 
 from lenvm_rl.task_credit import KLEstimator
 from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig
+from lenvm_rl.trainers.length_settings import SHARED
 from lenvm_rl.trainers.side_model import check_settings
-
-SHARED = "shared"
-"""`value_model` of this name is a head on the policy."""
 
 
 @dataclass

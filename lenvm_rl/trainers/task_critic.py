@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
 
-from lenvm_rl.critic import outputs_of, without_padding
-from lenvm_rl.model import Float32Linear, LengthValueHead
+from lenvm_rl.critic import before_tokens, outputs_of, without_padding
+from lenvm_rl.model import Float32Linear
 from lenvm_rl.official_checkpoint import find_file
 from lenvm_rl.tokenizer_fingerprint import tokenizer_fingerprint
 from lenvm_rl.trainers.critic_placement import is_partitioned
@@ -63,13 +63,13 @@ class SeparateTaskCritic:
         ids, prompts, completions = _without_padding(batch)
         lengths = prompts + completions
         outputs = outputs_of(self._forward, ids, lengths, self.side.accelerator, self.token_budget)
-        return _before_tokens(outputs, prompts, batch["completion_ids"].size(1))
+        return before_tokens(outputs, prompts, batch["completion_ids"].size(1))
 
     def values(self, batch: Batch) -> Tensor:
         ids, prompts, completions = _without_padding(batch)
         ids = ids[:, : int((prompts + completions).max())]
         outputs = self._forward(input_ids=ids).logits.view(ids.shape).float()
-        return _before_tokens(outputs, prompts, batch["completion_ids"].size(1))
+        return before_tokens(outputs, prompts, batch["completion_ids"].size(1))
 
     def _forward(self, input_ids: Tensor) -> Any:
         return self.side(input_ids=input_ids, use_cache=False)
@@ -132,12 +132,6 @@ class SharedTaskCritic:
 
 def _without_padding(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return without_padding(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"])
-
-
-def _before_tokens(outputs: Tensor, prompts: Tensor, tokens: int) -> Tensor:
-    """(B, T) outputs of the states before each completion token, of right-padded rows; anything beyond their ends."""
-    places = prompts[:, None] - 1 + torch.arange(tokens, device=outputs.device)
-    return outputs.gather(1, places.clamp(max=outputs.size(1) - 1))
 
 
 # Where a critic comes from
@@ -285,14 +279,6 @@ def _gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
         yield
-
-
-def shared_head(hidden_size: int) -> LengthValueHead:
-    """A head whose value is 0 everywhere."""
-    head = LengthValueHead(hidden_size)
-    nn.init.zeros_(head.summary.weight)
-    nn.init.zeros_(head.summary.bias)
-    return head
 
 
 def save_critic(critic: TaskCritic, folder: str | Path, tokenizer: Any) -> bool:

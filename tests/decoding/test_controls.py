@@ -168,3 +168,11 @@ def test_contradictions_are_refused_where_they_are_written(parts, message):
 def test_a_bound_of_zero_is_refused():
     with pytest.raises(ValueError, match="positive max_beta"):
         SoftTarget(10, max_beta=0)
+
+
+def test_a_combination_reweights_as_its_parts_do_one_after_the_other():
+    control = LengthTilt(-2.0) & AtLeast(9, foresight=True)
+    some = candidates([0.5, 0.3, 0.2], [0, 2.0, 9.0], generated=3)
+    alone = control.reweight(some.log_probs, some, torch.empty(1, 0)).softmax(1)
+    assert_close(alone, reweight(some, [control]).softmax(1))
+    assert alone[0, 2] == 1  # the tilt sees all three, and only the last one reaches 9 tokens
