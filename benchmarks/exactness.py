@@ -15,7 +15,8 @@ micro-batches. The first process gets short completions and the second long ones
     controlled  a coefficient that follows the lengths which all processes sampled
     target      a length to aim at, clipped, one number for each completion
     online      a critic that learns from every batch, in minibatches over all processes
-    shared      a value head on the policy's hidden states, read from the forward of the old log-probabilities
+    shared      a value head on the policy's hidden states, read from the forward of the old log-probabilities; the
+                policy's loss has a part in its error
     ppo         a task critic with its own optimizer beside a length critic; each batch is used twice, after a step in
                 which the policy is frozen
     sharded     lenvm, its critic sharded as well (ZeRO-3 only)
@@ -107,7 +108,9 @@ CASES = {
     "controlled": Case(options={**CRITIC, **TOKENS}),
     "target": Case(options={**CRITIC, "length_target": 12, "length_clip": 2.0, "length_resolution": "completion"}),
     "online": Case(options={**CRITIC, **LEARNS, "length_critic_update": "online"}),
-    "shared": Case(options={**CRITIC, **LEARNS, "length_critic": "shared", "num_iterations": 2}),
+    "shared": Case(
+        options={**CRITIC, **LEARNS, "length_critic": "shared", "length_backbone_coef": 0.5, "num_iterations": 2}
+    ),
     "ppo": Case(options={**LENVM.options, **VALUES}, ppo=True),
     "sharded": Case(options={**LENVM.options, "length_critic_placement": "sharded"}),
 }

@@ -28,7 +28,7 @@ from lenvm_rl.trainers.finite_rewards import guard
 from lenvm_rl.trainers.group_sampling import PromptStream, Rollouts
 from lenvm_rl.trainers.group_trainer import GroupTrainer, own_tokens
 from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig, check_limits
-from lenvm_rl.trainers.hidden_states import HiddenStates, decoder_of
+from lenvm_rl.trainers.hidden_states import HiddenStates, decoder_of, states_before_tokens
 from lenvm_rl.trainers.invariance import broken_conditions
 from lenvm_rl.trainers.learning_critic import LearningCritic, OnlineCritic, SharedCritic
 from lenvm_rl.trainers.length_metrics import completion_metrics
@@ -282,6 +282,8 @@ class LenVMGRPOTrainer(GroupTrainer):
         if self._mode == "train" and isinstance(critic, LearningCritic):
             targets = values + length_advantages(values, bootstrap, mask, gamma=critic.gamma, lam=1.0)
             self._log("length/critic_loss", critic.learn(batch, mask, targets, calibration.explained_variance))
+            if self.args.length_backbone_coef:
+                batch["length_returns"] = targets
 
     def _task_signal(self, rollouts: Rollouts, mask: Tensor) -> Tensor | TaskSignal:
         """The task's side of the advantages: one number for each completion, or rewards and a critic of its own."""
@@ -330,3 +332,21 @@ class LenVMGRPOTrainer(GroupTrainer):
                 "in float32 or bfloat16, or pretrain it again."
             )
         return advantages
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        critic = self.length_critic
+        if not (isinstance(critic, SharedCritic) and self.args.length_backbone_coef and self.model.training):
+            loss: Tensor = super()._compute_loss(model, inputs)
+            return loss
+        with self.hidden_states.of_loss() as seen:
+            loss = super()._compute_loss(model, inputs)
+        states = states_before_tokens(seen[-1], inputs["completion_ids"])
+        errors = (critic.values_for_policy(states) - inputs["length_returns"]).square()
+        # TRL's loss is averaged over processes
+        share = self._tokens_of_update(inputs) / self.accelerator.num_processes
+        return loss + self.args.length_backbone_coef * torch.where(own_tokens(inputs), errors, 0.0).sum() / share
+
+    def _tokens_of_update(self, inputs: dict[str, Any]) -> Tensor:
+        """Tokens of all processes in one optimizer step: TRL counts those of the whole batch of rollouts."""
+        tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1.0)
+        return tokens * self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lenvm_rl.model import LengthValueHead
 
@@ -53,6 +54,17 @@ class HiddenStates:
     def forget(self) -> None:
         """The rollouts that come next are not those that were watched."""
         self._seen = []
+
+    @contextmanager
+    def of_loss(self) -> Iterator[list[Tensor]]:
+        """Inside, the policy's loss is computed; gives a list, of which the last entry becomes the (B, S, H) states of
+        that forward, with their graph."""
+        seen: list[Tensor] = []
+        hook = self.decoder().register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def of(self, batch: dict[str, Any], cut: Tensor | None = None) -> Tensor:
@@ -117,6 +129,18 @@ class HiddenStates:
         self.read_again += len(missing)
         assert states is not None  # rows that were not seen are missing, and there is at least one
         return states
+
+
+def states_before_tokens(hidden: Tensor, completion_ids: Tensor) -> Tensor:
+    """(B, T, H) of the (B, S, H) states of a forward over prompts and completions."""
+    return hidden[:, -completion_ids.size(1) - 1 : -1]
+
+
+def with_fixed_head(head: nn.Module, hidden: Tensor) -> Tensor:
+    """A head's outputs, with gradient to the hidden states alone."""
+    weights = {name: weight.detach().clone() for name, weight in head.named_parameters()}
+    outputs: Tensor = functional_call(head, weights, (hidden,))
+    return outputs
 
 
 def fresh_head(hidden_size: int) -> LengthValueHead:

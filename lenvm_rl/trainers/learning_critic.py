@@ -3,7 +3,7 @@
 1. **Online**: a pretrained critic with an optimizer of its own (`side_model.py`), regressed on every batch of rollouts.
 2. **Refresh**: the same, on the latest batches, and only while it explains too little of the newest one.
 3. **Shared**: a value head on the policy's own hidden states (`hidden_states.py`), which costs no second model and as
-   a rule no forward. No gradient reaches the policy.
+   a rule no forward. It learns without gradient to the policy, whose loss may have a weighed part in it.
 
 A batch is judged before it is learned from, so that no advantage is measured against its own return. Targets are
 Monte-Carlo returns of the states before each token; the tail of a cut completion has the value that the critic gave it.
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.critic import CriticOutput, LengthCritic, before_tokens, micro_batches, without_padding
 from lenvm_rl.model import LengthValueModel
-from lenvm_rl.trainers.hidden_states import HiddenStates, fresh_head
+from lenvm_rl.trainers.hidden_states import HiddenStates, fresh_head, with_fixed_head
 from lenvm_rl.trainers.side_model import SideModel
 
 
@@ -164,7 +164,7 @@ class Judged(NamedTuple):
 
 
 class SharedCritic(LearningCritic):
-    """A value head on the policy's hidden states, without gradient to the policy.
+    """A value head on the policy's hidden states.
 
     Args:
         hidden_states: of the policy.
@@ -222,6 +222,10 @@ class SharedCritic(LearningCritic):
         self._states = torch.empty(0)
         return loss
 
+    def values_for_policy(self, states: Tensor) -> Tensor:
+        """(B, T) values of (B, T, H) hidden states, with gradient to these alone."""
+        return -torch.sigmoid(with_fixed_head(self.side.model, states).float())
+
     def as_model(self, policy: PreTrainedModel, tokenizer: Any) -> LengthValueModel:
         """A Length Value Model of its own: the policy's decoder, whole and copied, under the head.
 
@@ -261,7 +265,7 @@ def fit(
         batches: generation batches that the rows are of, one after the other.
 
     Returns:
-        Mean squared error over all tokens, before each step.
+        Mean squared error of the tokens of each step, before it; over steps, their mean.
     """
     accelerator = side.accelerator
     # seeded by the updates so far: a resumed run draws what the uninterrupted one drew, and all launches draw the same

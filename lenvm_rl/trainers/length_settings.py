@@ -47,6 +47,9 @@ class LengthSettings:
     length_critic_steps: int = 4
     """Optimizer steps on each batch of rollouts, whose completions they share out."""
 
+    length_backbone_coef: float = 0.0
+    """Weight of a "shared" critic's squared error in the policy's loss. 0: no gradient of it reaches the policy."""
+
     length_critic_refresh_below: float = 0.5
     """Explained variance on the latest rollouts below which "refresh" trains."""
 
@@ -155,6 +158,7 @@ class LengthSettings:
         ranges = {
             "length_critic_learning_rate": 0.0 < self.critic_learning_rate < float("inf"),
             "length_critic_steps": self.length_critic_steps >= 1,
+            "length_backbone_coef": 0.0 <= self.length_backbone_coef < float("inf"),
             "length_critic_refresh_below": self.length_critic_refresh_below <= 1.0,
             "length_critic_refresh_window": self.length_critic_refresh_window >= 1,
             "length_critic_trust": 0.0 <= self.length_critic_trust < 1.0,
@@ -165,7 +169,8 @@ class LengthSettings:
             if not fits:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is out of range: a learning rate is positive, steps and windows are "
-                    "at least 1, patience at least 0, refresh_below at most 1, trust and a drop of accuracy in [0, 1)."
+                    "at least 1, patience and backbone_coef at least 0, refresh_below at most 1, trust and a drop of "
+                    "accuracy in [0, 1)."
                 )
 
     def _check_target(self) -> None:
@@ -195,6 +200,11 @@ class LengthSettings:
             raise ValueError(
                 "length_critic='shared' starts from nothing and learns from every batch, so that there is nothing to "
                 "refresh: leave length_critic_update out."
+            )
+        if self.length_backbone_coef and self.length_critic != SHARED:
+            raise ValueError(
+                f"length_backbone_coef={self.length_backbone_coef} sends the length critic's error into the policy, "
+                "but the critic is a model of its own: set length_critic='shared', or leave it out."
             )
         if self.length_critic_update != "frozen" and self.length_critic is None and self.length_coef == 0:
             raise ValueError(

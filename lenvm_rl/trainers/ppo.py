@@ -329,11 +329,6 @@ class LenVMPPOTrainer(LenVMGRPOTrainer):
             self._log_approximate_kl(inputs)
         return loss
 
-    def _tokens_of_update(self, inputs: dict[str, Any]) -> Tensor:
-        """Tokens of all processes in one optimizer step: TRL counts those of the whole batch of rollouts."""
-        tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1.0)
-        return tokens * self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
-
     def _targets_of(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float | None]:
         clip = None if self._warming_up else self.args.value_clip
         return inputs["task_values"], inputs["task_returns"], inputs["task_mask"], clip

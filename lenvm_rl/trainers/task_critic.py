@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
 
 from lenvm_rl.critic import before_tokens, outputs_of, without_padding
@@ -25,7 +24,7 @@ from lenvm_rl.model import Float32Linear
 from lenvm_rl.official_checkpoint import find_file
 from lenvm_rl.tokenizer_fingerprint import tokenizer_fingerprint
 from lenvm_rl.trainers.critic_placement import is_partitioned
-from lenvm_rl.trainers.hidden_states import HiddenStates
+from lenvm_rl.trainers.hidden_states import HiddenStates, states_before_tokens, with_fixed_head
 from lenvm_rl.trainers.side_model import SideModel
 
 Batch = dict[str, Any]
@@ -85,20 +84,13 @@ class SharedTaskCritic:
 
     def __init__(self, side: SideModel, hidden_states: HiddenStates) -> None:
         self.side, self.hidden_states = side, hidden_states
-        self._seen: Tensor | None = None
+        self._seen: list[Tensor] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, the hidden states of the decoder's forward are kept for `values` and `values_for_policy`."""
-
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._seen = output[0]
-
-        hook = self.hidden_states.decoder().register_forward_hook(keep)
-        try:
+        """Inside, the policy's loss is computed, from whose states come `values` and `values_for_policy`."""
+        with self.hidden_states.of_loss() as self._seen:
             yield
-        finally:
-            hook.remove()
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
@@ -107,27 +99,17 @@ class SharedTaskCritic:
 
     def values(self, batch: Batch) -> Tensor:
         """After `watching`: with gradient to the head alone."""
-        values: Tensor = self.side(hidden=self._before_tokens(self._taken(), batch).detach())
+        values: Tensor = self.side(hidden=states_before_tokens(self._seen[-1], batch["completion_ids"]).detach())
         return values.float()
 
     def values_for_policy(self, batch: Batch) -> Tensor:
         """After `watching`: with gradient to the policy alone."""
-        weights = {name: weight.detach().clone() for name, weight in self.side.model.named_parameters()}
-        hidden = self._before_tokens(self._taken(), batch)
-        values: Tensor = functional_call(self.side.model, weights, (hidden,))
-        return values.float()
+        hidden = states_before_tokens(self._seen[-1], batch["completion_ids"])
+        return with_fixed_head(self.side.model, hidden).float()
 
     def forget(self) -> None:
         """Let go of the hidden states, and of the graph that they hold."""
-        self._seen = None
-
-    def _taken(self) -> Tensor:
-        assert self._seen is not None, "the policy's decoder was not watched"
-        return self._seen
-
-    @staticmethod
-    def _before_tokens(hidden: Tensor, batch: Batch) -> Tensor:
-        return hidden[:, -batch["completion_ids"].size(1) - 1 : -1]
+        self._seen = []
 
 
 def _without_padding(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

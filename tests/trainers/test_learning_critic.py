@@ -108,6 +108,11 @@ def test_a_refresh_waits_until_the_critic_explains_too_little(train, critic_fold
     assert needy.length_critic.side.steps == 3 * (1 + 2 + 2)  # batches at hand: one, then two
 
 
+def test_a_critic_that_is_no_head_of_the_policy_has_no_part_in_its_loss(train, critic_folder):
+    with pytest.raises(ValueError, match="the critic is a model of its own: set length_critic='shared'"):
+        train(length_critic=critic_folder, length_backbone_coef=0.1)
+
+
 def test_no_gradient_of_the_head_reaches_the_policy(train):
     # a coefficient of 0 leaves the policy what plain GRPO makes of it, although the head learns
     measuring, plain = train(length_critic="shared", length_coef=0.0), train(length_coef=0.0)
@@ -116,12 +121,26 @@ def test_no_gradient_of_the_head_reaches_the_policy(train):
         assert torch.equal(ours, theirs)
 
 
+def test_the_error_of_the_head_joins_the_loss_of_the_policy_where_it_has_a_weight(train):
+    options = {"length_critic": "shared", "length_coef": 0.0, "length_critic_steps": 1, "max_steps": 2}
+    # a head that hardly moves says -1/2 when the completions are judged and when the policy learns
+    still = options | {"length_critic_learning_rate": 1e-12}
+    without, within = train(**still), train(**still, length_backbone_coef=0.5)
+    error = logged(without, "length/critic_loss")[0]
+    assert error > 0.01
+    assert logged(within, "loss")[0] == pytest.approx(logged(without, "loss")[0] + 0.5 * error, abs=2e-6)
+    # one that says something of the states moves the policy
+    without, within = (train(**options, length_critic_learning_rate=0.1, length_backbone_coef=c) for c in (0.0, 5.0))
+    assert logged(within, "grad_norm")[0] != pytest.approx(logged(without, "grad_norm")[0], rel=0.01)
+    assert logged(within, "length/critic_loss")[0] == logged(without, "length/critic_loss")[0]
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"length_critic_update": "online"},
         {"length_critic_update": "refresh", "length_critic_refresh_below": 1.0, "length_critic_refresh_window": 3},
-        {"length_critic": "shared"},
+        {"length_critic": "shared", "length_backbone_coef": 0.1},
     ],
     ids=["online", "refresh", "shared"],
 )
