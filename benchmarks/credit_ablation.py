@@ -9,6 +9,7 @@ same command goes on after an interruption. Writes `summary.json`, `table.md` an
 """
 
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from lenvm_rl.evaluation.contest_report import START, read_run
 from lenvm_rl.evaluation.frontier import Interval, seed_interval
 from lenvm_rl.evaluation.report import write_json
 from lenvm_rl.launch import run
-from lenvm_rl.worker_pool import WorkerPool, default_workers
 
 REPOSITORY = Path(__file__).parents[1]
 RESAMPLED = ["--dynamic_sampling", "true", "--resample_correct_groups", "true", "--max_resample_rounds", "2"]
@@ -56,14 +56,7 @@ VARIANTS: dict[str, list[str]] = {
     "resampled, cosine from 10": [*RESAMPLED, "--length_controller", "cosine", "--length_coef", "10"],
     "resampled, tokens 24": [*RESAMPLED, *TOKENS, "24", "--length_coef", "5"],
     "accuracy from 10": [*ACCURACY, "--length_coef", "10"],
-    "accuracy from 0.1": [
-        "--length_controller",
-        "accuracy",
-        "--length_controller_target",
-        "0.9",
-        "--length_coef",
-        "0.1",
-    ],
+    "accuracy from 0.1": [*ACCURACY, "--length_coef", "0.1"],
     "tokens 30 from 10": [*TOKENS, "30", "--length_coef", "10"],
     "tokens 30 from 0.1": [*TOKENS, "30", "--length_coef", "0.1"],
     "target 25": ["--length_target", "25"],
@@ -91,16 +84,15 @@ def main() -> None:
             REPOSITORY / "recipes" / "configs" / "embedded_compare.yaml",
         )
         start = {"method": START, "knob": None, "knob_text": "", "seed": 0}
-        jobs = [comparison.job(START, start, ["--method", "grpo", "--evaluate_only"])]
-        for seed in range(args.seeds):
-            for name in chosen:
-                about = {"method": "lenvm", "knob": name, "knob_text": name, "seed": seed}
-                folder = f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-                jobs.append(comparison.job(folder, about, ["--method", "lenvm", *VARIANTS[name]]))
-        workers = default_workers() if args.workers is None else args.workers
-        waiting = [job for job in jobs if job.done() < 1]
-        result = WorkerPool(workers, lambda line: print(line, flush=True)).run(waiting)
-        for name, line in result.failed.items():
+        with comparison.alone():
+            jobs = [comparison.job(START, start, ["--method", "grpo", "--evaluate_only"])]
+            for seed in range(args.seeds):
+                for name in chosen:
+                    about = {"method": "lenvm", "knob": name, "knob_text": name, "seed": seed}
+                    folder = f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+                    jobs.append(comparison.job(folder, about, ["--method", "lenvm", *VARIANTS[name]]))
+            failed = comparison.finish(jobs, args.workers, partial(print, flush=True))
+        for name, line in failed.items():
             print(f"{name} failed: {line}")
     report(args.output_dir)
 

@@ -4,10 +4,12 @@ A folder of ``runs`` holds `run.json` (which run it is), what `run_experiment` l
 long as the run is not finished; a run that is started again goes on from the last one.
 """
 
+import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from lenvm_rl.evaluation.contest import Entry, build_length_reward
 from lenvm_rl.evaluation.contest_report import RUN_FILE, START, read_run
 from lenvm_rl.evaluation.report import write_json
 from lenvm_rl.experiment import read_contender_flags
+from lenvm_rl.launch import INTERRUPTED
 from lenvm_rl.trainers.checkpoint import INCOMPLETE_FOLDER, last_checkpoint
 from lenvm_rl.trainers.grpo import check_limits
-from lenvm_rl.worker_pool import Job
+from lenvm_rl.worker_pool import Job, WorkerPool, default_workers
 
 CONDITIONS_FILE = "conditions.json"
 _PROGRESS_FILE = "progress"
@@ -78,6 +81,47 @@ class Comparison:
                 about = {"method": entry.method, "knob": entry.value, "knob_text": entry.value_text, "seed": seed}
                 jobs.append(self.job(f"{entry.method}{text}-seed{seed}", about, _method_flags(entry)))
         return jobs
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process runs this comparison.
+
+        Raises:
+            ValueError: another one does.
+        """
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with (self.output_dir / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(
+                    f"Another comparison runs in {self.output_dir}: wait, or name another --output_dir."
+                ) from None
+            yield
+
+    def finish(self, jobs: Sequence[Job], workers: int | None, say: Callable[[str], None]) -> dict[str, str]:
+        """Run what is not finished, several at a time.
+
+        Args:
+            jobs: of `jobs` or `job`.
+            workers: runs at a time; None is one for each GPU, or else core.
+            say: prints a line.
+
+        Returns:
+            Names of the runs that failed, with their last lines.
+
+        Raises:
+            SystemExit: interrupted, after the runs were told to stop.
+        """
+        workers = default_workers() if workers is None else workers
+        waiting = [job for job in jobs if job.done() < 1]
+        done = len(jobs) - len(waiting)
+        say(f"{len(jobs)} runs, {done} of them done before; {workers} at a time; {self.output_dir}/")
+        result = WorkerPool(workers, say).run(waiting)
+        if result.interrupted:
+            say(f"Interrupted with {len(waiting) - len(result.finished)} runs unfinished: the same command goes on.")
+            sys.exit(INTERRUPTED)
+        return result.failed
 
     def _shared_flags(self) -> list[str]:
         return ["--config", str(self.config), *self.flags]

@@ -14,8 +14,6 @@ Runs go to processes of their own (--workers, one thread or one GPU each). The s
 interruption or a crash: finished runs are kept, others start from their last checkpoint.
 """
 
-import fcntl
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -23,8 +21,7 @@ from lenvm_rl.comparison import Comparison
 from lenvm_rl.evaluation.contest import CONTENDERS, read_entries
 from lenvm_rl.evaluation.contest_report import contest_table, plot_frontier, summarise
 from lenvm_rl.evaluation.report import write_json
-from lenvm_rl.launch import INTERRUPTED, run
-from lenvm_rl.worker_pool import WorkerPool, default_workers
+from lenvm_rl.launch import run
 
 RECIPES = Path(__file__).parent
 
@@ -45,26 +42,14 @@ def main() -> None:
     if not args.methods or args.seeds < 1:
         raise ValueError(f"Nothing to compare: name methods ({', '.join(CONTENDERS)}) and at least one seed.")
     entries = read_entries(args.methods, args.sweep)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    lock = (args.output_dir / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"Another comparison runs in {args.output_dir}: wait, or name another --output_dir.") from None
     comparison = Comparison(args.output_dir, RECIPES / "grpo_baseline.py", args.config, flags)
-    comparison.check(entries)
-    jobs = comparison.jobs(entries, args.seeds)
-    waiting = [job for job in jobs if job.done() < 1]
-    workers = default_workers() if args.workers is None else args.workers
-    say(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done before; {workers} at a time; {args.output_dir}/")
-    result = WorkerPool(workers, say).run(waiting)
-    if result.interrupted:
-        say(f"Interrupted with {len(waiting) - len(result.finished)} runs unfinished: the same command goes on.")
-        sys.exit(INTERRUPTED)
-    report(args.output_dir)
-    if result.failed:
-        failures = "; ".join(f"{name}: {line}" for name, line in result.failed.items())
-        raise ValueError(f"{len(result.failed)} runs failed and are not in the report. {failures}")
+    with comparison.alone():
+        comparison.check(entries)
+        failed = comparison.finish(comparison.jobs(entries, args.seeds), args.workers, say)
+        report(args.output_dir)
+    if failed:
+        failures = "; ".join(f"{name}: {line}" for name, line in failed.items())
+        raise ValueError(f"{len(failed)} runs failed and are not in the report. {failures}")
 
 
 def report(output_dir: Path) -> None:

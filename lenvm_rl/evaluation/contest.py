@@ -76,7 +76,7 @@ _DLER = {
 
 CONTENDERS: dict[str, Contender] = {
     "grpo": Contender("GRPO", trainer=_PLAIN),
-    "lenvm": Contender("LenVM", trainer={"length_coef": 1.0}, knob="length_coef", sweep=(0.5, 1.0, 2.0)),
+    "lenvm": Contender("LenVM", trainer={"length_coef": 1.0}, knob="length_coef", sweep=(0.3, 1.0, 3.0)),
     # at DLER's budget: groups that are all correct are replaced, too, and the others, where the task signal is strong,
     # need a larger coefficient
     "lenvm-resampled": Contender(
@@ -88,7 +88,7 @@ CONTENDERS: dict[str, Contender] = {
             "max_resample_rounds": 2,
         },
         knob="length_coef",
-        sweep=(1.0, 3.0, 5.0),
+        sweep=(3.0, 5.0, 10.0),
     ),
     # a task critic instead of groups; the completions of a prompt are as many as those of the others
     "ppo": Contender("PPO", trainer={**_PLAIN, **_PPO}, algorithm="ppo"),
