@@ -1,21 +1,27 @@
-"""Step time of LenVM-GRPO and LenVM-PPO over that of plain `trl.GRPOTrainer`, on the embedded default, in one run.
+"""Time of a step and memory of LenVM-GRPO and LenVM-PPO beside those of plain `trl.GRPOTrainer`, in one run.
 
-    python benchmarks/step_time.py
+    python benchmarks/step_time.py             # writes docs/data/step_time.json, prints the table
+    python benchmarks/step_time.py --write     # also into docs/benchmarks.md
 
-All train from the same weights with the same seed; the coefficient is so small that their completions stay the same.
-They take turns, so that a noisy machine is noisy for all: a ratio is that of one round, and the table has the median
-over rounds. Where every batch of rollouts makes two updates, TRL computes old log-probabilities, and a shared critic
-reads them. Writes docs/data/step_time.json and prints the table.
+The embedded default. All train from the same weights with the same seed; the coefficient is so small that their
+completions stay the same. They take turns, so that a noisy machine is noisy for all: a ratio is that of one round, and
+the table has the median over rounds. On a CPU, time is the processor's, which other processes cannot take. Where every
+batch of rollouts makes two updates, TRL computes old log-probabilities, and a shared critic reads them. Memory is that
+of weights, gradients and optimizer states, counted in their tensors.
 """
 
 import statistics
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from marked import DOCS, write_between
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.assets import model_path
@@ -47,11 +53,13 @@ WARM_UP = 2
 
 @dataclass
 class BenchmarkArguments:
-    rounds: int = 4
-    steps: int = 8
+    rounds: int = 3
+    steps: int = 6
     """Optimizer steps of each trainer in each round."""
     threads: int = 1
     output: Path = Path("docs/data/step_time.json")
+    write: bool = False
+    """Put the table between the markers of docs/benchmarks.md."""
 
 
 def main() -> None:
@@ -60,33 +68,91 @@ def main() -> None:
     result = {name: measure(regime, args.rounds, args.steps) for name, regime in REGIMES.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, {"threads": args.threads, "rounds": args.rounds, "steps": args.steps, **result})
-    print("| | " + " | ".join(REGIMES) + " |\n|---|" + "---|" * len(REGIMES))
+    table = table_of(result)
+    print(table)
+    if args.write:
+        write_between(DOCS / "benchmarks.md", "step time", table)
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [f"| | {' | '.join(f'{name}: s, ratio' for name in REGIMES)} | memory, MB | ratio |"]
+    lines.append("|---|" + "---:|" * (len(REGIMES) + 2))
     for variant in VARIANTS:
-        print(f"| {variant} | " + " | ".join(f"{result[name][variant]['ratio']:.3f}" for name in REGIMES) + " |")
+        found = [result[name][variant] for name in REGIMES]
+        times = " | ".join(f"{one['seconds']:.2f}, {one['ratio']:.2f}" for one in found)
+        held, stock = found[0]["bytes"], result[next(iter(REGIMES))][STOCK]["bytes"]
+        lines.append(f"| {variant} | {times} | {held / 1e6:.2f} | {held / stock:.2f} |")
+    return "\n".join(lines)
 
 
 def measure(regime: dict[str, Any], rounds: int, steps: int) -> dict[str, Any]:
-    """Of each variant: seconds of a step and the ratio to stock TRL, medians over rounds, and the mean length."""
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    lengths: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    """Of each variant: seconds of a step and the ratio to stock TRL, medians over rounds; mean length; bytes held."""
+    runs: dict[str, list[Run]] = {name: [] for name in VARIANTS}
     for turn in range(rounds):
         for name in list(VARIANTS)[:: 1 if turn % 2 == 0 else -1]:
-            counted = train(name, regime, seed=turn, steps=steps)[WARM_UP:]
-            seconds[name].append(statistics.mean(entry["step_time"] for entry in counted))
-            tokens = [entry["completions/mean_length"] for entry in counted if "completions/mean_length" in entry]
-            lengths[name].append(statistics.mean(tokens))
+            runs[name].append(train(name, regime, seed=turn, steps=steps))
     return {
         name: {
-            "seconds": statistics.median(own),
-            "ratio": statistics.median(ours / stock for ours, stock in zip(own, seconds[STOCK], strict=True)),
-            "tokens": statistics.mean(lengths[name]),
+            "seconds": statistics.median(run.seconds for run in own),
+            "ratio": statistics.median(
+                run.seconds / stock.seconds for run, stock in zip(own, runs[STOCK], strict=True)
+            ),
+            "tokens": statistics.mean(run.tokens for run in own),
+            "bytes": own[0].held,
         }
-        for name, own in seconds.items()
+        for name, own in runs.items()
     }
 
 
-def train(name: str, regime: dict[str, Any], seed: int, steps: int) -> list[dict[str, Any]]:
-    """Log entries of the optimizer steps."""
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    """Of a step, the mean."""
+    tokens: float
+    """Of a completion, the mean."""
+    held: int
+    """Bytes of weights, gradients and optimizer states."""
+
+
+class Stopwatch(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+            self.ends.append(time.perf_counter())
+        else:
+            self.ends.append(time.process_time())
+
+
+def bytes_held(trainer: Any) -> int:
+    """Of the policy and of every critic: weights, a gradient of each that is trained, and optimizer states."""
+    models, optimizers = [trainer.model], [trainer.optimizer]
+    for critic in (getattr(trainer, "length_critic", None), getattr(trainer, "task_critic", None)):
+        side = getattr(critic, "side", None)
+        models += [side.model] if side is not None else [critic.model] if critic is not None else []
+        optimizers += [side.optimizer] if side is not None else []
+    weights = [weight for model in models for weight in model.parameters()]
+    states = [state for optimizer in optimizers for state in tensors(list(optimizer.state.values()))]
+    found = [*weights, *(weight for weight in weights if weight.requires_grad), *states]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """In lists and dictionaries."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from tensors(value)
+
+
+def train(name: str, regime: dict[str, Any], seed: int, steps: int) -> Run:
+    """One short run."""
     policy = model_path("embedded/policy")
     with TemporaryDirectory() as output:
         options: dict[str, Any] = {
@@ -114,7 +180,9 @@ def train(name: str, regime: dict[str, Any], seed: int, steps: int) -> list[dict
             config_class, trainer_class = TRAINERS[own.pop("algorithm", "grpo")]
             config = config_class(**own, **options)
         task = load_task("arithmetic", train_size=None, held_out_size=0)
+        watch = Stopwatch()
         trainer = trainer_class(
+            callbacks=[watch],
             model=AutoModelForCausalLM.from_pretrained(policy),
             reward_funcs=task.reward_funcs,
             args=config,
@@ -122,7 +190,9 @@ def train(name: str, regime: dict[str, Any], seed: int, steps: int) -> list[dict
             processing_class=AutoTokenizer.from_pretrained(policy),
         )
         trainer.train()
-        return [entry for entry in trainer.state.log_history if "step_time" in entry and "loss" in entry]
+        lengths = [e["completions/mean_length"] for e in trainer.state.log_history if "completions/mean_length" in e]
+        seconds = (watch.ends[-1] - watch.ends[WARM_UP - 1]) / (steps - WARM_UP)
+        return Run(seconds, statistics.mean(lengths), bytes_held(trainer))
 
 
 if __name__ == "__main__":
