@@ -324,15 +324,45 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def plot_frontier(summary: Mapping[str, Any], path: Path) -> None:
-    """Accuracy over tokens: a point with 95 % intervals for each setting, a line along each method's knob."""
+    """Accuracy over tokens: a point with 95 % intervals for each setting, a line along each method's knob.
+
+    Where some end near the fewest tokens and others far from them, a second panel shows the former closely.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    methods = list(dict.fromkeys(row["method"] for row in summary["rows"]))
-    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    for number, method in enumerate(methods):
+    close = _near_the_fewest(summary["rows"])
+    panels = 2 if close else 1
+    figure, axes = plt.subplots(1, panels, figsize=(4.2 + 3.9 * panels, 4.8), layout="constrained", squeeze=False)
+    for axis in axes[0]:
+        _draw_frontier(axis, summary, annotate=axis is axes[0, -1])
+        axis.set(xlabel="tokens per completion")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("accuracy on held-out problems, %")
+    if close:
+        least, most = (
+            [choose(row[name][end] for row in close) for name in ("tokens", "accuracy")]
+            for end, choose in (("low", min), ("high", max))
+        )
+        axes[0, 1].set(xlim=(least[0] - 0.2, most[0] + 0.2), ylim=(100 * least[1] - 0.5, 100 * most[1] + 0.5))
+        axes[0, 1].set_title("the shortest, closely")
+    labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _near_the_fewest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows within a fifth of the fewest tokens; none where that is less than three, or all of them."""
+    fewest = min(row["tokens"]["mean"] for row in rows)
+    close = [row for row in rows if row["tokens"]["mean"] <= 1.2 * fewest]
+    return close if 3 <= len(close) < len(rows) else []
+
+
+def _draw_frontier(axis: Any, summary: Mapping[str, Any], *, annotate: bool) -> None:
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in summary["rows"])):
         rows = sorted((r for r in summary["rows"] if r["method"] == method), key=lambda r: r["tokens"]["mean"])
         # the seventh method meets the first colour again, with another marker
         colour, marker = _COLOURS[number % 7], _MARKERS[(number + number // 7) % 7]
@@ -346,33 +376,26 @@ def plot_frontier(summary: Mapping[str, Any], path: Path) -> None:
             color=colour,
             marker=marker,
             markersize=6,
-            linewidth=1.4,
-            elinewidth=0.9,
+            linewidth=1.2,
+            elinewidth=0.7,
             capsize=2,
             linestyle="-" if len(rows) > 1 else "none",
         )
-        if len(rows) > 1:
-            for row in rows:
-                place = (row["tokens"]["mean"], 100 * row["accuracy"]["mean"])
-                axis.annotate(
-                    row["knob_text"], place, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour
-                )
+        for row in rows if annotate and len(rows) > 1 else []:
+            place = (row["tokens"]["mean"], 100 * row["accuracy"]["mean"])
+            axis.annotate(
+                row["knob_text"],
+                place,
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=colour,
+                annotation_clip=True,
+            )
     start = summary["start"]
     if _defined(start["accuracy"]):
-        axis.plot(
-            start["tokens"],
-            100 * start["accuracy"],
-            marker="*",
-            markersize=11,
-            color="0.4",
-            linestyle="none",
-            label="start",
-        )
-    axis.set(xlabel="tokens per completion", ylabel="accuracy on held-out problems, %")
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        place = start["tokens"], 100 * start["accuracy"]
+        axis.plot(*place, marker="*", markersize=11, color="0.4", linestyle="none", label="start")
 
 
 def _arms(rows: Sequence[Mapping[str, Any]], name: str) -> list[list[float]]:

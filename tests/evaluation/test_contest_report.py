@@ -140,6 +140,19 @@ def test_all_methods_together_still_differ_in_the_figure(made_up, tmp_path, monk
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(CONTENDERS)
 
 
+def test_a_second_panel_shows_closely_what_is_near_the_fewest_tokens(made_up, tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    for method, tokens in (("grpo", 60), ("lenvm", 25), ("dler", 24), ("hapo", 26), ("alp", 40)):
+        made_up(method, 0, 150, tokens)
+    figures, close = [], plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure) or close(figure))
+    plot_frontier(summarise(tmp_path), tmp_path / "frontier.png")
+    whole, closely = figures[0].axes
+    assert whole.get_xlim()[1] > 60 and 26 < closely.get_xlim()[1] < 40
+    assert 23 < closely.get_xlim()[0] < 24
+
+
 def test_what_is_not_finished_does_not_count(contest, made_up):
     assert read_run(made_up("hapo", 0, 10, 10, knob=1.0, interrupted=True)) is None
     half = made_up("kimi", 0, 10, 10, knob=0.4)
