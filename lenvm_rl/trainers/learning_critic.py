@@ -209,16 +209,14 @@ class SharedCritic(LearningCritic):
         return CriticOutput(values[:, :-1].masked_fill(offsets >= lengths, 0.0), after_last.masked_fill(finished, 0.0))
 
     def learn(self, batch: dict[str, Tensor], mask: Tensor, targets: Tensor, explained_variance: float) -> float:
-        states = self._states
-        loss = fit(
-            self.side,
-            lambda chosen: self.side(hidden=states[chosen, :-1]),
-            mask,
-            targets,
-            [mask.size(1)] * len(mask),
-            steps=self.steps,
-            token_budget=self.token_budget,
-        )
+        states, lengths = self._states, batch["completion_mask"].sum(1).clamp(min=1).tolist()
+
+        def logits(chosen: list[int]) -> Tensor:
+            """(rows, T) head outputs, 0 where all of these rows have ended."""
+            width = max(lengths[row] for row in chosen)
+            return pad(self.side(hidden=states[chosen, :width]), (0, mask.size(1) - width))
+
+        loss = fit(self.side, logits, mask, targets, lengths, steps=self.steps, token_budget=self.token_budget)
         self._states = torch.empty(0)
         return loss
 
