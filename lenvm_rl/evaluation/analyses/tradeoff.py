@@ -240,7 +240,10 @@ def _draw(figure: Any, summary: dict[str, Any], curves: list[Curve]) -> None:
         zorder=5,
         label="the policy as it is",
     )
-    axis.set(xlabel="tokens per completion", ylabel="accuracy on held-out problems, %", ylim=(0, 102))
+    highest = max(point["accuracy"]["high"] for curve in summary["curves"] for point in curve["points"])
+    axis.set(
+        xlabel="tokens per completion", ylabel="accuracy on held-out problems, %", ylim=(0, min(102, 120 * highest))
+    )
     axis.set_xlim(left=0)
     axis.grid(alpha=0.25)
     figure.legend(loc="outside lower center", frameon=False, ncols=2 if len(curves) < 7 else 3, fontsize=9)
