@@ -326,14 +326,14 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 def plot_frontier(summary: Mapping[str, Any], path: Path) -> None:
     """Accuracy over tokens: a point with 95 % intervals for each setting, a line along each method's knob.
 
-    Where some end near the fewest tokens and others far from them, a second panel shows the former closely.
+    Where some end near the fewest tokens and the best accuracy and others do not, a second panel shows the former closely.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    close = _near_the_fewest(summary["rows"])
+    close = _short_and_accurate(summary["rows"])
     panels = 2 if close else 1
     figure, axes = plt.subplots(1, panels, figsize=(4.2 + 3.9 * panels, 4.8), layout="constrained", squeeze=False)
     for axis in axes[0]:
@@ -347,17 +347,19 @@ def plot_frontier(summary: Mapping[str, Any], path: Path) -> None:
             for end, choose in (("low", min), ("high", max))
         )
         axes[0, 1].set(xlim=(least[0] - 0.2, most[0] + 0.2), ylim=(100 * least[1] - 0.5, 100 * most[1] + 0.5))
-        axes[0, 1].set_title("the shortest, closely")
+        axes[0, 1].set_title("short and accurate, closely")
     labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _near_the_fewest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows within a fifth of the fewest tokens; none where that is less than three, or all of them."""
+def _short_and_accurate(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows within a fifth of the fewest tokens and a tenth of the best accuracy; none where that is less than three, or
+    all of them."""
     fewest = min(row["tokens"]["mean"] for row in rows)
-    close = [row for row in rows if row["tokens"]["mean"] <= 1.2 * fewest]
+    best = max(row["accuracy"]["mean"] for row in rows)
+    close = [r for r in rows if r["tokens"]["mean"] <= 1.2 * fewest and r["accuracy"]["mean"] >= best - 0.1]
     return close if 3 <= len(close) < len(rows) else []
 
 

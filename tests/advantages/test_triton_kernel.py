@@ -25,6 +25,7 @@ SMALL_BLOCK = 64
 """Shorter than the cases, so that the state is carried from chunk to chunk."""
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_interpreted_programs_agree_with_the_reference():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
