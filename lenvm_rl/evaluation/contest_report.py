@@ -326,7 +326,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 def plot_frontier(summary: Mapping[str, Any], path: Path) -> None:
     """Accuracy over tokens: a point with 95 % intervals for each setting, a line along each method's knob.
 
-    Where some end near the fewest tokens and the best accuracy and others do not, a second panel shows the former closely.
+    Where some end near the fewest tokens and the best accuracy and others do not, a second panel shows them closely.
     """
     import matplotlib
 
