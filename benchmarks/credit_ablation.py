@@ -1,32 +1,34 @@
 """One factor of the length credit at a time, on the embedded task: what each is worth, and what the default should be.
 
-    python benchmarks/credit_ablation.py --seeds 3                 # all variants, about two hours on two cores
-    python benchmarks/credit_ablation.py coef online --seeds 1     # those whose name starts so
+    python benchmarks/credit_ablation.py --seeds 1                 # all variants, about two hours on two quiet cores
+    python benchmarks/credit_ablation.py coef online --seeds 3     # those whose name starts so
     python benchmarks/credit_ablation.py --report_only
 
 A variant is recipes/grpo_baseline.py --method lenvm under recipes/configs/embedded_compare.yaml with a few flags. The
-same command goes on after an interruption. Writes `summary.json`, `table.md` and `ablation.png`.
+variants "short" train and evaluate on problems of one or two steps alone: there the frozen critic goes stale. The same
+command goes on after an interruption. Writes `summary.json`, `table.md`, `ablation.png` and `over_steps.png`.
 """
 
+import json
 from argparse import ArgumentParser
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-import numpy as np
+from credit_report import report
 
+from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.comparison import Comparison
-from lenvm_rl.evaluation.contest_report import START, read_run
-from lenvm_rl.evaluation.frontier import Interval, seed_interval
-from lenvm_rl.evaluation.report import write_json
+from lenvm_rl.evaluation.contest_report import START
 from lenvm_rl.launch import run
+from lenvm_rl.tasks.arithmetic import sample_problems
 
 REPOSITORY = Path(__file__).parents[1]
 RESAMPLED = ["--dynamic_sampling", "true", "--resample_correct_groups", "true", "--max_resample_rounds", "2"]
 PAPER = ["--length_gate", "all", "--length_unsolved_groups", "true"]
 ACCURACY = ["--length_controller", "accuracy", "--length_controller_target", "0.9"]
 TOKENS = ["--length_controller", "tokens", "--length_controller_target"]
+FOLDER_OF_SHORT = "FOLDER_OF_SHORT"
+SHORT = ["--task", FOLDER_OF_SHORT, "--held_out", "test", "--instruction", "", "--eval_problems", "2000"]
 VARIANTS: dict[str, list[str]] = {
     "default": [],
     "coef 0": ["--length_coef", "0"],
@@ -49,6 +51,7 @@ VARIANTS: dict[str, list[str]] = {
     "online, coef 3": ["--length_critic_update", "online", "--length_coef", "3"],
     "refresh": ["--length_critic_update", "refresh"],
     "shared": ["--length_critic", "shared"],
+    "shared, backbone 0.1": ["--length_critic", "shared", "--length_backbone_coef", "0.1"],
     "shaping": ["--length_mode", "shaping", *PAPER],
     "shaping, gated": ["--length_mode", "shaping"],
     "cosine from 2": ["--length_controller", "cosine", "--length_coef", "2"],
@@ -62,6 +65,13 @@ VARIANTS: dict[str, list[str]] = {
     "target 25": ["--length_target", "25"],
     "target 40": ["--length_target", "40"],
     "target 60": ["--length_target", "60"],
+    "short": SHORT,
+    "short, coef 0": [*SHORT, "--length_coef", "0"],
+    "short, trust all": [*SHORT, "--length_critic_trust", "0"],
+    "short, online": [*SHORT, "--length_critic_update", "online"],
+    "short, refresh": [*SHORT, "--length_critic_update", "refresh"],
+    "short, shared": [*SHORT, "--length_critic", "shared"],
+    "short, resolution batch": [*SHORT, "--length_resolution", "batch"],
 }
 """Name -> flags of the run. "Resolution batch" is the control: correct completions get one number, no length in it."""
 
@@ -83,6 +93,7 @@ def main() -> None:
             REPOSITORY / "recipes" / "grpo_baseline.py",
             REPOSITORY / "recipes" / "configs" / "embedded_compare.yaml",
         )
+        short = str(write_short_problems(args.output_dir / "short"))
         start = {"method": START, "knob": None, "knob_text": "", "seed": 0}
         with comparison.alone():
             jobs = [comparison.job(START, start, ["--method", "grpo", "--evaluate_only"])]
@@ -90,88 +101,23 @@ def main() -> None:
                 for name in chosen:
                     about = {"method": "lenvm", "knob": name, "knob_text": name, "seed": seed}
                     folder = f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-                    jobs.append(comparison.job(folder, about, ["--method", "lenvm", *VARIANTS[name]]))
+                    flags = [short if flag == FOLDER_OF_SHORT else flag for flag in VARIANTS[name]]
+                    jobs.append(comparison.job(folder, about, ["--method", "lenvm", *flags]))
             failed = comparison.finish(jobs, args.workers, partial(print, flush=True))
         for name, line in failed.items():
             print(f"{name} failed: {line}")
-    report(args.output_dir)
+    print(report(args.output_dir, VARIANTS))
 
 
-def report(output_dir: Path) -> None:
-    """Table, figure and summary of what is finished."""
-    found = rows(output_dir)
-    write_json(output_dir / "summary.json", {"rows": found})
-    table = table_of(found)
-    (output_dir / "table.md").write_text(table)
-    plot(found, output_dir / "ablation.png")
-    print(table)
-
-
-def rows(output_dir: Path) -> list[dict[str, Any]]:
-    """One row for each variant that has a finished run, in the order of `VARIANTS`."""
-    runs = [(folder, read_run(folder)) for folder in sorted((output_dir / "runs").glob("*/"))]
-    result = []
-    for name in (START, *VARIANTS):
-        own = [(folder, r) for folder, r in runs if r is not None and (r.knob_text or r.method) == name]
-        if not own:
-            continue
-        result.append(
-            {
-                "variant": name,
-                "seeds": len(own),
-                "accuracy": interval([float(r.correct.mean()) for _, r in own]),
-                "tokens": interval([float(r.tokens.mean()) for _, r in own]),
-                **{key: float(np.mean([at_end(r.summary, key) for _, r in own])) for key in LOGGED},
-            }
-        )
-    return result
-
-
-LOGGED = {"explained_variance": "explained variance", "coef": "coefficient", "trust": "trust"}
-"""Of the training curve -> heading; the mean over the last ten batches of rollouts."""
-
-
-def at_end(summary: dict[str, Any], key: str) -> float:
-    seen = [entry[key] for entry in summary["curve"] if key in entry]
-    return float(np.mean(seen[-10:])) if seen else float("nan")
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    found: Interval = seed_interval(values)
-    return {"mean": found.mean, "low": found.low, "high": found.high}
-
-
-def table_of(found: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        f"| variant | seeds | accuracy | tokens | {' | '.join(LOGGED.values())} |",
-        f"|---|---|---|---|{'---|' * len(LOGGED)}",
-    ]
-    for row in found:
-        accuracy, tokens = row["accuracy"], row["tokens"]
-        spread = f" ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})" if row["seeds"] > 1 else ""
-        logged = " | ".join("" if np.isnan(row[key]) else f"{row[key]:.2f}" for key in LOGGED)
-        lines.append(
-            f"| {row['variant']} | {row['seeds']} | {100 * accuracy['mean']:.1f} %{spread} | {tokens['mean']:.1f} "
-            f"| {logged} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy over tokens, a point for each variant."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
-    for row in found:
-        x, y = row["tokens"]["mean"], 100 * row["accuracy"]["mean"]
-        axis.plot(x, y, "o", color="tab:red" if row["variant"] == "default" else "tab:blue", markersize=5)
-        axis.annotate(row["variant"], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
-    axis.set(xlabel="completion tokens", ylabel="accuracy, %", title="One factor of the length credit at a time")
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def write_short_problems(folder: Path) -> Path:
+    """Arithmetic problems of one or two steps, 2,000 to train on and 2,000 held out, in a folder for `--task`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, held_out in (("train", False), ("test", True)):
+        problems = [p for p in sample_problems(12_000, 0, held_out=held_out) if len(p.steps) <= 2][:2_000]
+        rows = (json.dumps({"prompt": p.prompt, "solution": p.solution}) for p in problems)
+        with atomic_file(folder / f"{split}.jsonl") as file:
+            file.write("".join(row + "\n" for row in rows).encode())
+    return folder
 
 
 if __name__ == "__main__":

@@ -3,15 +3,20 @@
 import json
 
 import credit_ablation
+import credit_report
 import numpy as np
 import pytest
 
+from lenvm_rl.tasks import load_task
+from lenvm_rl.tasks.arithmetic import sample_problems
 
-def finish(folder, variant, seed, correct, tokens, coef=None, method="lenvm"):
+
+def finish(folder, variant, seed, correct, tokens, coef=None, method="lenvm", curve_of_variance=()):
     folder.mkdir(parents=True)
     about = {"method": method, "knob": variant, "knob_text": variant or "", "seed": seed}
     (folder / "run.json").write_text(json.dumps(about))
     curve = [{"step": 1, "accuracy": 0.5, "tokens": 9.0} | ({"coef": coef} if coef else {})]
+    curve += [{"step": 2, "explained_variance": value} for value in curve_of_variance]
     score = {"accuracy": 0.5}
     (folder / "summary.json").write_text(
         json.dumps({"interrupted": False, "before": score, "after": score, "curve": curve})
@@ -26,16 +31,43 @@ def test_a_variant_is_the_mean_of_its_seeds(tmp_path):
     finish(tmp_path / "runs" / "b", "default", 1, [True, True], [30, 40], coef=3.0)
     finish(tmp_path / "runs" / "c", "online", 0, [True, True], [10, 10])
     (tmp_path / "runs" / "unfinished").mkdir()
-    found = credit_ablation.rows(tmp_path)
+    table = credit_report.report(tmp_path, credit_ablation.VARIANTS)
+    found = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert [row["variant"] for row in found] == ["start", "default", "online"]
     default = found[1]
     assert default["seeds"] == 2 and default["accuracy"]["mean"] == 0.75 and default["tokens"]["mean"] == 30.0
     assert default["coef"] == 2.0
-    lines = credit_ablation.table_of(found).splitlines()
+    lines = table.splitlines()
     assert lines[2].startswith("| start | 1 | 50.0 % | 60.0 |")
-    assert lines[4] == "| online | 1 | 100.0 % | 10.0 |  |  |  |"
-    credit_ablation.plot(found, tmp_path / "ablation.png")
-    assert (tmp_path / "ablation.png").stat().st_size > 5_000
+    assert lines[4].startswith("| online | 1 | 100.0 % | 10.0 |") and lines[4].endswith("|  |  |  |")
+    assert (tmp_path / "table.md").read_text() == table
+    for figure in ("ablation.png", "over_steps.png"):
+        assert (tmp_path / figure).stat().st_size > 5_000
+
+
+def test_the_training_mix_gives_a_number_of_steps_its_share_of_the_training_problems():
+    weights = credit_report.weights(0, 1_000)
+    steps = np.array([len(problem.steps) for problem in sample_problems(1_000, 0, held_out=True)])
+    training = np.array([len(p.steps) for p in sample_problems(credit_report.TRAIN_PROBLEMS, 0, held_out=False)])
+    np.testing.assert_allclose(
+        [weights[steps == n].sum() / 1_000 for n in range(1, 6)], [np.mean(training == n) for n in range(1, 6)]
+    )
+
+
+def test_a_curve_is_the_smoothed_mean_of_the_seeds_that_logged_it(tmp_path):
+    finish(tmp_path / "runs" / "a", "online", 0, [True], [9], curve_of_variance=[2.0] * 12)
+    finish(tmp_path / "runs" / "b", "online", 1, [True], [9], curve_of_variance=[4.0] * 11)
+    finish(tmp_path / "runs" / "c", "online", 2, [True], [9])
+    variants = credit_report.read_variants(tmp_path, ["online"])
+    np.testing.assert_allclose(variants[0].over_steps("explained_variance"), [3.0, 3.0])
+    assert variants[0].over_steps("trust").size == 0
+
+
+def test_the_short_problems_are_what_the_recipes_read(tmp_path):
+    folder = credit_ablation.write_short_problems(tmp_path)
+    task = load_task(str(folder), train_size=320, held_out_size=2_000, held_out="test", instruction="")
+    assert len(task.train) == 320 and len(task.held_out) == 2_000
+    assert max(prompt.count("+") + prompt.count("-") for prompt in task.held_out["prompt"]) == 2
 
 
 @pytest.mark.parametrize("flags", credit_ablation.VARIANTS.values(), ids=credit_ablation.VARIANTS.keys())
