@@ -25,7 +25,7 @@ from lenvm_rl.tasks.arithmetic import sample_problems
 REPOSITORY = Path(__file__).parents[1]
 RESAMPLED = ["--dynamic_sampling", "true", "--resample_correct_groups", "true", "--max_resample_rounds", "2"]
 PAPER = ["--length_gate", "all", "--length_unsolved_groups", "true"]
-ACCURACY = ["--length_controller", "accuracy", "--length_controller_target", "0.9"]
+ACCURACY = ["--length_controller", "accuracy"]
 TOKENS = ["--length_controller", "tokens", "--length_controller_target"]
 FOLDER_OF_SHORT = "FOLDER_OF_SHORT"
 SHORT = ["--task", FOLDER_OF_SHORT, "--held_out", "test", "--instruction", "", "--eval_problems", "2000"]
@@ -60,6 +60,8 @@ VARIANTS: dict[str, list[str]] = {
     "resampled, tokens 24": [*RESAMPLED, *TOKENS, "24", "--length_coef", "5"],
     "accuracy from 10": [*ACCURACY, "--length_coef", "10"],
     "accuracy from 0.1": [*ACCURACY, "--length_coef", "0.1"],
+    "accuracy 0.9 from 10": [*ACCURACY, "--length_controller_target", "0.9", "--length_coef", "10"],
+    "accuracy 0.9 from 0.1": [*ACCURACY, "--length_controller_target", "0.9", "--length_coef", "0.1"],
     "tokens 30 from 10": [*TOKENS, "30", "--length_coef", "10"],
     "tokens 30 from 0.1": [*TOKENS, "30", "--length_coef", "0.1"],
     "target 25": ["--length_target", "25"],

@@ -35,7 +35,17 @@ PANELS = {
         "explained_variance",
         ["short", "short, online", "short, refresh", "short, shared"],
     ),
-    "Coefficient": ("coef", ["accuracy from 10", "accuracy from 0.1", "tokens 30 from 10", "tokens 30 from 0.1"]),
+    "Coefficient": (
+        "coef",
+        [
+            "accuracy from 10",
+            "accuracy from 0.1",
+            "accuracy 0.9 from 10",
+            "accuracy 0.9 from 0.1",
+            "tokens 30 from 10",
+            "tokens 30 from 0.1",
+        ],
+    ),
     "Completion tokens": (
         "tokens",
         ["tokens 30 from 10", "tokens 30 from 0.1", "target 25", "target 40", "target 60"],
@@ -187,7 +197,7 @@ def plot_over_steps(variants: list[Variant], path: Path) -> None:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         if key == "coef":
-            axis.set_yscale("log")
+            axis.set_yscale("symlog", linthresh=0.1)
         if axis.has_data():
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)

@@ -1,10 +1,15 @@
 """A coefficient of the length signal that changes during training: under a constraint, or on a schedule.
 
-1. A constraint is kept by dual ascent on the logarithm of the coefficient: every batch of rollouts multiplies it by
+1. **Accuracy** is kept by dual ascent on the logarithm of the coefficient: every batch of rollouts multiplies it by
    exp(rate * slack), slack being how far the policy is on the right side of the target. A start that is ten times off
-   is forgotten within some ten batches, and the coefficient never changes its sign.
-2. What is measured is smoothed over batches, of the prompts that were really seen, before any of them was replaced.
-3. The first batches change nothing: they say where the policy started.
+   is soon forgotten, and the coefficient never changes its sign. An accuracy above the policy's start cannot be kept
+   yet: it is due at the end of training, and until then what is required rises in a straight line. Otherwise such a
+   target would silence the length signal until the task is learned.
+2. **A mean length** is reached and held by a coefficient of either sign: rate * e, plus the sum of all rate * e over
+   `INTEGRAL_BATCHES`, with e = log(length / target). The coefficient does not set the length but its change: a policy
+   that was shortened stays short at 0, and a coefficient that only grew and shrank would overshoot for good.
+3. What is measured is smoothed over batches, of the prompts that were really seen, before any of them was replaced.
+4. The first batches change nothing: they say where the policy started.
 """
 
 import math
@@ -13,6 +18,8 @@ from typing import Any, Literal, get_args
 
 ControllerKind = Literal["none", "accuracy", "tokens", "linear", "cosine"]
 SCHEDULES = ("linear", "cosine")
+INTEGRAL_BATCHES = 30
+"""Batches of a constant excess in which its sum weighs as much as the excess itself."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +34,19 @@ class ControllerSettings:
     """"accuracy" keeps the share of correct completions at a target or above, and shortens as far as that allows;
     "tokens" reaches a mean length and holds it; "linear" and "cosine" go from the first coefficient to `end`."""
     target: float | None = None
-    """Share of correct completions, or mean tokens. None with "accuracy": that of the warm-up, minus `margin`."""
+    """Share of correct completions, or mean tokens. None with "accuracy": that of the warm-up, minus `margin`. A share
+    above that is due at the end of training."""
     margin: float = 0.01
     """Accuracy that may be given away, where the target is the policy's own start."""
-    rate: float = 2.0
-    """Change of the coefficient's logarithm in one batch, for a slack of 1: one point of accuracy above the target
-    raises it by 2 %."""
-    smoothing: float = 0.9
-    """Weight of the past in the mean over batches."""
+    rate: float = 3.0
+    """Change of the coefficient's logarithm in one batch, for a slack of 1: a point above the target raises it by 3 %.
+    With "tokens": the coefficient for a length e times the target."""
+    smoothing: float = 0.7
+    """Weight of the past in the mean over batches. More of it makes the controller late, and so unstable."""
     warmup: int = 5
     """Batches before the first change."""
-    low: float = 0.01
-    """Least size of the coefficient."""
+    low: float = 0.05
+    """Least size of the coefficient under "accuracy": it has no effect, and from there the way back is short."""
     high: float = 10.0
     """Largest size of the coefficient."""
     end: float = 0.0
@@ -93,7 +101,8 @@ class LengthController:
 
     Args:
         settings: of kind "accuracy" or "tokens".
-        coef: where it starts, not 0. A negative one lengthens, and its size is controlled.
+        coef: where it starts, not 0. Under "accuracy" a negative one lengthens, and its size is controlled; under
+            "tokens" it is that of the first batches.
 
     Raises:
         ValueError: a coefficient of 0, which has no logarithm.
@@ -104,19 +113,20 @@ class LengthController:
         self.settings = settings
         self.coef = math.copysign(min(max(abs(coef), settings.low), settings.high), coef)
         self.target = settings.target
-        self._batches, self._weight, self._mean, self._start = 0, 0.0, 0.0, 0.0
+        self._batches, self._weight, self._mean, self._start, self._offset = 0, 0.0, 0.0, 0.0, 0.0
 
     @property
     def measured(self) -> float:
         """Smoothed accuracy or length; nan before the first batch."""
         return self._mean / self._weight if self._weight else math.nan
 
-    def observe(self, accuracy: float, tokens: float) -> None:
+    def observe(self, accuracy: float, tokens: float, progress: float = 1.0) -> None:
         """Count a batch of rollouts, and adapt the coefficient for the next one.
 
         Args:
             accuracy: share of correct completions, over all processes.
             tokens: mean length, over all processes.
+            progress: share of the training that is done, in [0, 1].
         """
         settings = self.settings
         seen = accuracy if settings.kind == "accuracy" else tokens
@@ -128,15 +138,25 @@ class LengthController:
             return
         if self.target is None:
             self.target = max(self._start - settings.margin, 0.0)
-        self._step(self.target)
+        if settings.kind == "accuracy":
+            self._ascend(self._required(self.target, progress))
+        else:
+            self._regulate(self.target)
 
-    def _step(self, target: float) -> None:
-        if self.settings.kind == "accuracy":
-            slack = self.measured - target
-        else:  # too long asks for more pressure; a coefficient that lengthens, for less
-            slack = math.copysign(1.0, self.coef) * (self.measured - target) / target
-        size = abs(self.coef) * math.exp(self.settings.rate * slack)
+    def _required(self, target: float, progress: float) -> float:
+        start = max(self._start - self.settings.margin, 0.0)
+        return start + progress * (target - start) if target > start else target
+
+    def _ascend(self, required: float) -> None:
+        size = abs(self.coef) * math.exp(self.settings.rate * (self.measured - required))
         self.coef = math.copysign(min(max(size, self.settings.low), self.settings.high), self.coef)
+
+    def _regulate(self, target: float) -> None:
+        excess = math.log(max(self.measured, 1.0) / target)
+        wanted = self.settings.rate * excess + self._offset
+        self.coef = min(max(wanted, -self.settings.high), self.settings.high)
+        if self.coef == wanted or wanted * excess < 0:  # a sum that grew at the bound would have to shrink first
+            self._offset += self.settings.rate * excess / INTEGRAL_BATCHES
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -147,12 +167,14 @@ class LengthController:
             "weight": self._weight,
             "mean": self._mean,
             "start": self._start,
+            "offset": self._offset,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint stopped. A target in the settings wins over the one of the checkpoint."""
         self.coef, self._batches = state["coef"], state["batches"]
         self._weight, self._mean, self._start = state["weight"], state["mean"], state["start"]
+        self._offset = state["offset"]
         self.target = self.settings.target if self.settings.target is not None else state["target"]
 
 

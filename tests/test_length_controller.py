@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lenvm_rl.length_controller import ControllerSettings, LengthController, scheduled
+from lenvm_rl.length_controller import INTEGRAL_BATCHES, ControllerSettings, LengthController, scheduled
 
 
 class Policy:
@@ -42,21 +42,88 @@ def test_accuracy_is_kept_from_any_start(start):
     assert policy.tokens == pytest.approx(20 + 40 * math.exp(-math.sqrt(0.5)), rel=0.1)
 
 
+class StickyPolicy:
+    """The coefficient sets the change of its length, against a drift of its own."""
+
+    def __init__(self, seed=0, learning_rate=0.04):
+        self.rng, self.rate, self.log_tokens = random.Random(seed), learning_rate, math.log(56.0)
+
+    def step(self, coef):
+        self.log_tokens = max(self.log_tokens + self.rate * (0.25 - coef), math.log(20.0))
+        return 0.9, self.tokens * math.exp(self.rng.gauss(0.0, 0.1))
+
+    @property
+    def tokens(self):
+        return math.exp(self.log_tokens)
+
+
 @pytest.mark.parametrize("start", [0.1, 10.0])
-@pytest.mark.parametrize("target", [25.0, 35.0, 50.0])
-def test_a_mean_length_is_reached_and_held(target, start):
-    policy = run(LengthController(ControllerSettings("tokens", target=target, rate=0.3, high=100.0), start), steps=300)
-    assert policy.tokens == pytest.approx(target, rel=0.1)
+@pytest.mark.parametrize("target", [25.0, 40.0, 70.0])
+@pytest.mark.parametrize("learning_rate", [0.01, 0.04, 0.1])
+def test_a_mean_length_is_reached_and_held_from_both_sides(target, start, learning_rate):
+    controller = LengthController(ControllerSettings("tokens", target=target), start)
+    policy, lengths = StickyPolicy(learning_rate=learning_rate), []
+    for _ in range(300):
+        controller.observe(*policy.step(controller.coef))
+        lengths.append(policy.tokens)
+    assert lengths[-100:] == pytest.approx([target] * 100, rel=0.1)
 
 
-def test_a_policy_below_its_target_is_left_alone_until_it_is_above():
+def test_a_length_is_regulated_in_proportion_to_its_logarithm_and_to_the_sum_of_it():
+    controller = LengthController(ControllerSettings("tokens", target=40.0, rate=2.0, smoothing=0.0, warmup=1), 1.0)
+    seen = []
+    for tokens in (50.0, 40.0 * math.e, 40.0 * math.e, 40.0 / math.e, 0.0):
+        controller.observe(0.9, tokens)
+        seen.append(controller.coef)
+    assert seen[0] == 1.0
+    assert seen[1:4] == pytest.approx([2.0, 2.0 + 2.0 / INTEGRAL_BATCHES, -2.0 + 4.0 / INTEGRAL_BATCHES])
+    assert -10.0 <= seen[4] < -7.0, "a mean of no tokens counts as one"
+
+
+def test_the_sum_does_not_grow_while_the_coefficient_is_at_its_bound():
+    controller = LengthController(ControllerSettings("tokens", target=10.0, smoothing=0.0, warmup=1, high=2.0), 1.0)
+    for _ in range(200):
+        controller.observe(0.9, 100.0)
+    assert controller.coef == 2.0
+    controller.observe(0.9, 9.0)
+    assert controller.coef < 0.0
+
+
+def test_a_policy_below_a_target_that_is_due_is_left_alone_until_it_is_above():
     controller = LengthController(ControllerSettings("accuracy", target=0.9), 1.0)
     for accuracy in [0.6] * 100:
         controller.observe(accuracy, 50.0)
-    assert controller.coef == 0.01
+    assert controller.coef == 0.05
     for accuracy in [0.99] * 100:
         controller.observe(accuracy, 50.0)
     assert controller.coef > 1.0
+
+
+def test_a_target_above_the_start_rises_to_it_in_the_course_of_training():
+    controller = LengthController(ControllerSettings("accuracy", target=0.9, warmup=1, margin=0.0, smoothing=0.0), 1.0)
+    controller.observe(0.5, 50.0, progress=0.0)
+    for progress, required in ((0.25, 0.6), (0.5, 0.7), (1.0, 0.9)):
+        before = controller.coef
+        controller.observe(required, 50.0, progress)
+        assert controller.coef == pytest.approx(before)
+        controller.observe(required + 0.01, 50.0, progress)
+        assert controller.coef > before
+
+
+def test_a_target_below_the_start_is_required_at_once():
+    controller = LengthController(ControllerSettings("accuracy", target=0.7, warmup=1, smoothing=0.0), 1.0)
+    controller.observe(0.9, 50.0, progress=0.0)
+    controller.observe(0.7, 50.0, progress=0.01)
+    assert controller.coef == pytest.approx(1.0)
+
+
+def test_a_policy_that_stops_learning_below_its_target_is_relieved():
+    controller = LengthController(ControllerSettings("accuracy", target=0.9, warmup=1), 1.0)
+    sizes = []
+    for step in range(100):
+        controller.observe(0.6 + 0.1 * min(step / 20, 1), 50.0, progress=step / 100)
+        sizes.append(controller.coef)
+    assert sizes[30] > 1.0 and sizes[-1] == 0.05
 
 
 def test_without_a_target_it_is_the_start_minus_the_margin():
@@ -73,11 +140,11 @@ def test_one_step_is_that_of_dual_ascent():
     controller.observe(0.9, 50.0)
     assert controller.coef == 2.0
     controller.observe(0.9, 50.0)
-    assert controller.coef == pytest.approx(2.0 * math.exp(2.0 * 0.1))
+    assert controller.coef == pytest.approx(2.0 * math.exp(3.0 * 0.1))
 
 
-def test_a_coefficient_that_lengthens_grows_where_completions_are_too_short():
-    controller = LengthController(ControllerSettings("tokens", target=60.0, warmup=1, rate=1.0), -1.0)
+def test_a_coefficient_that_lengthens_keeps_its_sign():
+    controller = LengthController(ControllerSettings("accuracy", target=0.8, warmup=1), -1.0)
     for _ in range(3):
         controller.observe(0.9, 30.0)
     assert controller.coef < -1.0
@@ -89,11 +156,12 @@ def test_the_mean_over_batches_is_not_biased_towards_its_start():
     controller.observe(0.5, 30.0)
     assert controller.measured == pytest.approx(30.0)
     controller.observe(0.5, 40.0)
-    assert controller.measured == pytest.approx((0.9 * 30 + 40) / 1.9)
+    assert controller.measured == pytest.approx((0.7 * 30 + 40) / 1.7)
 
 
-def test_it_continues_from_its_state_through_json():
-    settings = ControllerSettings("accuracy", warmup=3)
+@pytest.mark.parametrize(("kind", "target"), [("accuracy", None), ("accuracy", 0.8), ("tokens", 25.0)])
+def test_it_continues_from_its_state_through_json(kind, target):
+    settings = ControllerSettings(kind, target=target, warmup=3)
     whole, first, second = (LengthController(settings, 0.5) for _ in range(3))
     accuracies = [random.Random(i).random() for i in range(12)]
     for accuracy in accuracies:

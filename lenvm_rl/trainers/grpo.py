@@ -114,9 +114,13 @@ class LenVMGRPOTrainer(GroupTrainer):
         if self.length_controller is not None:
             return self.length_controller.coef
         if self._controlled.kind in SCHEDULES:
-            done = self.state.global_step / max(self.state.max_steps, 1)
-            return scheduled(self._controlled, self.args.length_coef, done)
+            return scheduled(self._controlled, self.args.length_coef, self._progress)
         return self.args.length_coef
+
+    @property
+    def _progress(self) -> float:
+        """Share of the training that is done."""
+        return self.state.global_step / max(self.state.max_steps, 1)
 
     def _find_gate_reward(self) -> int:
         name = self.args.length_gate_reward
@@ -201,7 +205,7 @@ class LenVMGRPOTrainer(GroupTrainer):
         if self._mode == "train":
             self.collapse.observe(metrics["correct_rate"], metrics["tokens"])
             if self.length_controller is not None:
-                self.length_controller.observe(metrics["correct_rate"], metrics["tokens"])
+                self.length_controller.observe(metrics["correct_rate"], metrics["tokens"], self._progress)
         if self.refill_prompts is not None and self._mode == "train":
             rollouts = self._refilled(rollouts, self.refill_prompts)
         self._normalise(rollouts)
@@ -342,9 +346,12 @@ class LenVMGRPOTrainer(GroupTrainer):
             loss = super()._compute_loss(model, inputs)
         states = states_before_tokens(seen[-1], inputs["completion_ids"])
         errors = (critic.values_for_policy(states) - inputs["length_returns"]).square()
-        # TRL's loss is averaged over processes
-        share = self._tokens_of_update(inputs) / self.accelerator.num_processes
-        return loss + self.args.length_backbone_coef * torch.where(own_tokens(inputs), errors, 0.0).sum() / share
+        error = torch.where(own_tokens(inputs), errors, 0.0).sum()
+        return loss + self.args.length_backbone_coef * self._per_token(error, inputs)
+
+    def _per_token(self, error: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """A sum over this process's tokens as a part of the loss, which is averaged over processes."""
+        return error * self.accelerator.num_processes / self._tokens_of_update(inputs)
 
     def _tokens_of_update(self, inputs: dict[str, Any]) -> Tensor:
         """Tokens of all processes in one optimizer step: TRL counts those of the whole batch of rollouts."""

@@ -68,23 +68,24 @@ class LengthSettings:
     completions stays at a target, "tokens" reaches a mean length and holds it, "linear" and "cosine" are schedules."""
 
     length_controller_target: float | None = None
-    """Share of correct completions ("accuracy"; None takes that of the first batches minus the margin), or mean tokens
-    of a completion ("tokens")."""
+    """Share of correct completions ("accuracy"; None takes that of the first batches minus the margin, more than that
+    is due at the end of training), or mean tokens of a completion ("tokens")."""
 
     length_controller_margin: float = 0.01
     """Accuracy that may be given away, where the target is the policy's own start."""
 
-    length_controller_rate: float = 2.0
-    """Change of the coefficient's logarithm by one batch, for a slack of 1."""
+    length_controller_rate: float = 3.0
+    """Change of the coefficient's logarithm by one batch, for a slack of 1 ("accuracy"), or the coefficient for a
+    length e times the target ("tokens")."""
 
-    length_controller_smoothing: float = 0.9
+    length_controller_smoothing: float = 0.7
     """Weight of the past in the mean of accuracy or length over batches."""
 
     length_controller_warmup: int = 5
     """Batches before the controller first changes the coefficient."""
 
-    length_controller_low: float = 0.01
-    """Least size of the controlled coefficient."""
+    length_controller_low: float = 0.05
+    """Least size of the coefficient under "accuracy"."""
 
     length_controller_high: float = 10.0
     """Largest size of the controlled coefficient."""
@@ -174,6 +175,9 @@ class LengthSettings:
                 )
 
     def _check_target(self) -> None:
+        longest: int | None = getattr(self, "max_completion_length", None)
+        if self.length_controller == "tokens":
+            check_target(self.length_controller_target, longest, "length_controller_target")
         if self.length_target is None and self.length_target_column is None:
             return
         if self.length_target is not None and self.length_target_column is not None:
@@ -181,7 +185,6 @@ class LengthSettings:
                 f"length_target={self.length_target} and length_target_column={self.length_target_column!r} both say "
                 "how long a completion should be: set one of them."
             )
-        longest: int | None = getattr(self, "max_completion_length", None)
         if self.length_target is not None:
             check_target(self.length_target, longest, "length_target")
         if self.length_controller == "tokens":

@@ -319,10 +319,8 @@ class LenVMPPOTrainer(LenVMGRPOTrainer):
             self.beta = beta
         if shared is not None:
             if self.args.value_backbone_coef:  # before the head makes its step
-                # TRL's loss is averaged over processes
-                share = self._tokens_of_update(inputs) / self.accelerator.num_processes
                 error = value_loss(shared.values_for_policy(inputs), *self._targets_of(inputs)).loss
-                loss = loss + self.args.value_backbone_coef * error / share
+                loss = loss + self.args.value_backbone_coef * self._per_token(error, inputs)
             self._learn_values(inputs)
             shared.forget()
         if training:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lenvm_rl.length_controller import INTEGRAL_BATCHES
 from lenvm_rl.trainers.grpo import LenVMGRPOConfig
 
 
@@ -23,10 +24,10 @@ def test_the_coefficient_follows_the_lengths_that_were_sampled(train, critic_fol
         max_steps=4,
     )
     tokens, found = logged(trainer, "length/tokens"), logged(trainer, "length/coef")
-    expected = [1.0, 1.0]  # the first batch changes nothing, and what the second one says is for the third
-    for seen in tokens[1:3]:
-        expected.append(min(expected[-1] * math.exp(0.5 * (seen - 2.0) / 2.0), 10.0))
-    assert found == pytest.approx(expected) and found[3] > found[2] > 1.0
+    excess = [math.log(seen / 2.0) for seen in tokens]
+    # the first batch changes nothing, and what the second one says is for the third
+    expected = [1.0, 1.0, 0.5 * excess[1], 0.5 * excess[2] + 0.5 * excess[1] / INTEGRAL_BATCHES]
+    assert found == pytest.approx(expected) and found[3] > 0.0
 
 
 def test_evaluation_leaves_the_controller_alone(train, critic_folder, prompts):
@@ -67,3 +68,6 @@ def test_a_controller_needs_a_coefficient_to_start_from(tiny_run, tmp_path):
         LenVMGRPOConfig(str(tmp_path), length_coef=0.0, length_controller="accuracy", **tiny_run)
     with pytest.raises(ValueError, match="needs the mean length to reach"):
         LenVMGRPOConfig(str(tmp_path), length_controller="tokens", **tiny_run)
+    limit = tiny_run.get("max_completion_length", 512)
+    with pytest.raises(ValueError, match="lies beyond max_completion_length"):
+        LenVMGRPOConfig(str(tmp_path), length_controller="tokens", length_controller_target=limit + 1.0, **tiny_run)
