@@ -26,30 +26,23 @@ TRAIN_PROBLEMS = 320
 """Of recipes/configs/embedded_compare.yaml."""
 SMOOTHED = 10
 """Batches that a point of a curve over the steps is the mean of."""
+CONTROLLED = [f"{kind} from {start}" for kind in ("accuracy", "accuracy 0.9", "tokens 30") for start in (10, 0.1)]
 PANELS = {
+    "Tokens, by what shares one number": (
+        "tokens",
+        ["coef 0", "resolution batch", "resolution completion", "default", "coef 10"],
+    ),
+    "Tokens, with a length target": ("tokens", ["target 25", "target 40", "target 60"]),
+    "Tokens, under a controller": ("tokens", CONTROLLED),
     "Explained variance, all problems": (
         "explained_variance",
         ["default", "online", "refresh", "shared", "shared, backbone 0.1"],
     ),
-    "Explained variance, problems of one or two steps": (
+    "Explained variance, one or two steps": (
         "explained_variance",
         ["short", "short, online", "short, refresh", "short, shared"],
     ),
-    "Coefficient": (
-        "coef",
-        [
-            "accuracy from 10",
-            "accuracy from 0.1",
-            "accuracy 0.9 from 10",
-            "accuracy 0.9 from 0.1",
-            "tokens 30 from 10",
-            "tokens 30 from 0.1",
-        ],
-    ),
-    "Completion tokens": (
-        "tokens",
-        ["tokens 30 from 10", "tokens 30 from 0.1", "target 25", "target 40", "target 60"],
-    ),
+    "Coefficient, under a controller": ("coef", CONTROLLED),
 }
 """Title -> what is drawn over the steps, and of which variants."""
 
@@ -188,7 +181,7 @@ def plot_over_steps(variants: list[Variant], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     by_name = {variant.name: variant for variant in variants}
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for axis, (title, (key, names)) in zip(axes.flat, PANELS.items(), strict=True):
         for name in names:
             values = by_name[name].over_steps(key) if name in by_name else np.empty(0)

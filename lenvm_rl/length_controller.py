@@ -9,7 +9,8 @@
    `INTEGRAL_BATCHES`, with e = log(length / target). The coefficient does not set the length but its change: a policy
    that was shortened stays short at 0, and a coefficient that only grew and shrank would overshoot for good.
 3. What is measured is smoothed over batches, of the prompts that were really seen, before any of them was replaced.
-4. The first batches change nothing: they say where the policy started.
+4. The first batches change nothing. Under "accuracy" they say where the policy started, so nothing presses it yet.
+5. While the critic is not trusted, what the policy does says nothing of the coefficient, which waits.
 """
 
 import math
@@ -84,15 +85,23 @@ class ControllerSettings:
 
 
 def check_start(settings: ControllerSettings, coef: float) -> None:
-    """Refuse a controller or a schedule that begins at nothing.
+    """Refuse a first coefficient that a controller or a schedule could not go on from.
 
     Raises:
-        ValueError: a coefficient of 0, which has no logarithm and turns the length signal off.
+        ValueError: 0, which means no length signal at all, or a size beyond the controller's bounds.
     """
-    if settings.kind != "none" and coef == 0.0:
+    if settings.kind == "none":
+        return
+    if coef == 0.0:
         raise ValueError(
-            f"length_controller={settings.kind!r} starts from length_coef, which is 0, and cannot leave 0: set it to "
-            "where the coefficient should start."
+            f"length_controller={settings.kind!r} starts from length_coef, which is 0 and means a run without any "
+            "length signal: set it to where the coefficient should start."
+        )
+    low = settings.low if settings.kind == "accuracy" else 0.0
+    if settings.kind not in SCHEDULES and not low <= abs(coef) <= settings.high:
+        raise ValueError(
+            f"length_controller={settings.kind!r} starts from length_coef={coef}, which lies beyond its bounds, "
+            f"{low} and {settings.high}: move length_controller_low or _high, or start between them."
         )
 
 
@@ -105,15 +114,22 @@ class LengthController:
             "tokens" it is that of the first batches.
 
     Raises:
-        ValueError: a coefficient of 0, which has no logarithm.
+        ValueError: as `check_start`.
     """
 
     def __init__(self, settings: ControllerSettings, coef: float) -> None:
         check_start(settings, coef)
         self.settings = settings
-        self.coef = math.copysign(min(max(abs(coef), settings.low), settings.high), coef)
+        self._coef = coef
         self.target = settings.target
+        self.trust = 1.0
+        """Share of the coefficient that the policy felt in the latest batch; the next step is as much smaller."""
         self._batches, self._weight, self._mean, self._start, self._offset = 0, 0.0, 0.0, 0.0, 0.0
+
+    @property
+    def coef(self) -> float:
+        """Of the next batch."""
+        return 0.0 if self.settings.kind == "accuracy" and self._batches < self.settings.warmup else self._coef
 
     @property
     def measured(self) -> float:
@@ -124,17 +140,20 @@ class LengthController:
         """Count a batch of rollouts, and adapt the coefficient for the next one.
 
         Args:
-            accuracy: share of correct completions, over all processes.
+            accuracy: share of correct completions, over all processes; nan where none could be scored, which tells
+                "accuracy" nothing.
             tokens: mean length, over all processes.
             progress: share of the training that is done, in [0, 1].
         """
         settings = self.settings
         seen = accuracy if settings.kind == "accuracy" else tokens
+        if math.isnan(seen):
+            return
         self._mean = settings.smoothing * self._mean + (1 - settings.smoothing) * seen
         self._weight = settings.smoothing * self._weight + (1 - settings.smoothing)
         self._batches += 1
         if self._batches <= settings.warmup:
-            self._start += accuracy / settings.warmup
+            self._start += seen / settings.warmup
             return
         if self.target is None:
             self.target = max(self._start - settings.margin, 0.0)
@@ -148,33 +167,44 @@ class LengthController:
         return start + progress * (target - start) if target > start else target
 
     def _ascend(self, required: float) -> None:
-        size = abs(self.coef) * math.exp(self.settings.rate * (self.measured - required))
-        self.coef = math.copysign(min(max(size, self.settings.low), self.settings.high), self.coef)
+        size = abs(self._coef) * math.exp(self.settings.rate * self.trust * (self.measured - required))
+        self._coef = math.copysign(min(max(size, self.settings.low), self.settings.high), self._coef)
 
     def _regulate(self, target: float) -> None:
         excess = math.log(max(self.measured, 1.0) / target)
         wanted = self.settings.rate * excess + self._offset
-        self.coef = min(max(wanted, -self.settings.high), self.settings.high)
-        if self.coef == wanted or wanted * excess < 0:  # a sum that grew at the bound would have to shrink first
-            self._offset += self.settings.rate * excess / INTEGRAL_BATCHES
+        self._coef = min(max(wanted, -self.settings.high), self.settings.high)
+        if self._coef == wanted or wanted * excess < 0:  # a sum that grew at the bound would have to shrink first
+            self._offset += self.settings.rate * self.trust * excess / INTEGRAL_BATCHES
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {
-            "coef": self.coef,
+            "kind": self.settings.kind,
+            "coef": self._coef,
             "target": self.target,
             "batches": self._batches,
             "weight": self._weight,
             "mean": self._mean,
             "start": self._start,
             "offset": self._offset,
+            "trust": self.trust,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a checkpoint stopped. A target in the settings wins over the one of the checkpoint."""
-        self.coef, self._batches = state["coef"], state["batches"]
+        """Continue where a checkpoint stopped. A target in the settings wins over the one of the checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is of a run under another controller.
+        """
+        if state.get("kind") != self.settings.kind:
+            raise ValueError(
+                f"The checkpoint's coefficient was under length_controller={state.get('kind')!r}, this run's is under "
+                f"{self.settings.kind!r}: resume with what the checkpoint had, or start a new run from its weights."
+            )
+        self._coef, self._batches = state["coef"], state["batches"]
         self._weight, self._mean, self._start = state["weight"], state["mean"], state["start"]
-        self._offset = state["offset"]
+        self._offset, self.trust = state["offset"], state["trust"]
         self.target = self.settings.target if self.settings.target is not None else state["target"]
 
 

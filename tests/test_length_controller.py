@@ -69,6 +69,31 @@ def test_a_mean_length_is_reached_and_held_from_both_sides(target, start, learni
     assert lengths[-100:] == pytest.approx([target] * 100, rel=0.1)
 
 
+def test_a_batch_without_a_verdict_says_nothing():
+    controller = LengthController(ControllerSettings("accuracy", warmup=2), 1.0)
+    for accuracy in (0.5, math.nan, 0.5, math.nan, 0.5):
+        controller.observe(accuracy, 50.0)
+    assert controller.measured == pytest.approx(0.5) and controller.target == pytest.approx(0.49)
+
+
+@pytest.mark.parametrize(
+    "settings", [ControllerSettings("accuracy", target=0.5), ControllerSettings("tokens", target=9.0)]
+)
+def test_it_waits_while_the_critic_is_not_trusted(settings):
+    controller = LengthController(settings, 1.0)
+    for _ in range(40):
+        controller.trust = 0.0
+        controller.observe(0.9, 50.0)
+    # "tokens" answers to the present excess, but has not summed it up
+    assert controller.coef == pytest.approx(1.0 if settings.kind == "accuracy" else 3.0 * math.log(50.0 / 9.0))
+
+
+def test_the_state_of_another_controller_is_refused():
+    state = LengthController(ControllerSettings("accuracy"), 1.0).state_dict()
+    with pytest.raises(ValueError, match="was under length_controller='accuracy', this run's is under 'tokens'"):
+        LengthController(ControllerSettings("tokens", target=9.0), 1.0).load_state_dict(state)
+
+
 def test_a_length_is_regulated_in_proportion_to_its_logarithm_and_to_the_sum_of_it():
     controller = LengthController(ControllerSettings("tokens", target=40.0, rate=2.0, smoothing=0.0, warmup=1), 1.0)
     seen = []
@@ -137,6 +162,7 @@ def test_without_a_target_it_is_the_start_minus_the_margin():
 
 def test_one_step_is_that_of_dual_ascent():
     controller = LengthController(ControllerSettings("accuracy", target=0.8, smoothing=0.0, warmup=1), 2.0)
+    assert controller.coef == 0.0, "nothing presses while the start is measured"
     controller.observe(0.9, 50.0)
     assert controller.coef == 2.0
     controller.observe(0.9, 50.0)
@@ -202,6 +228,9 @@ def test_settings_out_of_range_are_refused(settings, message):
         ControllerSettings(**settings)
 
 
-def test_a_coefficient_of_zero_is_refused():
-    with pytest.raises(ValueError, match="cannot leave 0"):
-        LengthController(ControllerSettings("accuracy", target=0.9), 0.0)
+@pytest.mark.parametrize(
+    "coef, message", [(0.0, "means a run without any length signal"), (50.0, "beyond its bounds"), (0.01, "beyond")]
+)
+def test_a_start_that_it_could_not_go_on_from_is_refused(coef, message):
+    with pytest.raises(ValueError, match=message):
+        LengthController(ControllerSettings("accuracy", target=0.9), coef)

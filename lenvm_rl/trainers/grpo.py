@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lenvm_rl.advantages import Advantages, TaskSignal, compute_advantages, length_advantages
-from lenvm_rl.credit import gated_std
+from lenvm_rl.advantages.statistics import row_moments
+from lenvm_rl.credit import gated_std, std_over_gated
 from lenvm_rl.critic import LengthCritic
 from lenvm_rl.launch_check import check_launch
 from lenvm_rl.length_controller import SCHEDULES, LengthController, scheduled
@@ -31,11 +32,12 @@ from lenvm_rl.trainers.grpo_config import LenVMGRPOConfig, check_limits
 from lenvm_rl.trainers.hidden_states import HiddenStates, decoder_of, states_before_tokens
 from lenvm_rl.trainers.invariance import broken_conditions
 from lenvm_rl.trainers.learning_critic import LearningCritic, OnlineCritic, SharedCritic
+from lenvm_rl.trainers.length_checks import check_target
 from lenvm_rl.trainers.length_metrics import completion_metrics
-from lenvm_rl.trainers.length_settings import SHARED, check_target
+from lenvm_rl.trainers.length_settings import SHARED
 from lenvm_rl.trainers.load_critic import FirstImpression, head_on_policy, load_critic
 from lenvm_rl.trainers.resume import SavedPart, Stateful
-from lenvm_rl.trainers.safeguards import CollapseDetector, StopOnCollapse, trust_in
+from lenvm_rl.trainers.safeguards import CollapseDetector, StopOnCollapse, Trust
 from lenvm_rl.trainers.whole_policy import whole_policy
 
 __all__ = ["LenVMGRPOConfig", "LenVMGRPOTrainer"]
@@ -98,6 +100,7 @@ class LenVMGRPOTrainer(GroupTrainer):
         check_limits(self.reward_funcs, self.max_completion_length)
         self.length_critic = self._prepare_critic(length_critic)
         self._first_impression = FirstImpression(self.accelerator)
+        self._trust = Trust(self.args.length_critic_trust, self.accelerator)
         self.collapse = CollapseDetector(self.args.length_collapse_patience, self.args.length_collapse_drop)
         if self.args.length_coef != 0:
             self.add_callback(StopOnCollapse(self.collapse))
@@ -199,7 +202,7 @@ class LenVMGRPOTrainer(GroupTrainer):
         # mask_truncated_completions empties the mask of what was cut, but its tokens were generated all the same
         tokens = torch.where(tokens == 0, rollouts.generated, tokens)
         self._log("length/coef", self.credit.coef)
-        metrics = completion_metrics(tokens, *self._correct_and_gate(rollouts), self._sum)
+        metrics = completion_metrics(tokens, *self._verdicts_and_gate(rollouts), self._sum)
         for name, value in metrics.items():
             self._log(f"length/{name}", value)
         if self._mode == "train":
@@ -210,6 +213,8 @@ class LenVMGRPOTrainer(GroupTrainer):
             rollouts = self._refilled(rollouts, self.refill_prompts)
         self._normalise(rollouts)
         self._assign_credit(rollouts)
+        if "hidden_states" in vars(self):
+            self.hidden_states.forget()
         return rollouts.batch
 
     @cached_property
@@ -237,10 +242,12 @@ class LenVMGRPOTrainer(GroupTrainer):
             return None
         return rollouts.rewards[:, self._gate_column] >= self.credit.threshold
 
-    def _correct_and_gate(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    def _verdicts_and_gate(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """(B,) 1 for a correct completion of this process, 0 for a wrong one, nan without a verdict; and the gate."""
         correctness, own = rollouts.rewards[:, self._gate_column], self._own(rollouts)
         gate = self.credit.gates(correctness, self._group_size) * rollouts.kept
-        return (correctness >= self.credit.threshold)[own], gate[own]
+        verdicts = torch.where(correctness.isnan(), correctness, (correctness >= self.credit.threshold).float())
+        return verdicts[own], gate[own]
 
     def _targets(self, inputs: Any, device: torch.device) -> Tensor:
         """(B,) tokens that each completion should have."""
@@ -261,21 +268,25 @@ class LenVMGRPOTrainer(GroupTrainer):
         if critic is None:
             return
         mask, finished = own_tokens(batch), self._finished(batch)
+        judged = self._with_cut(rollouts) if isinstance(critic, LearningCritic) else batch
         values, bootstrap = critic.score(
-            batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], finished
+            judged["prompt_ids"], judged["prompt_mask"], judged["completion_ids"], judged["completion_mask"], finished
         )
         calibration = critic.calibration(values, mask, finished)
         if not isinstance(critic, SharedCritic):  # which starts from nothing
             self._first_impression(calibration)
-        trust = trust_in(calibration.explained_variance, self.args.length_critic_trust)
+        trust = self._trust(calibration.explained_variance, training=self._mode == "train")
         self.credit = replace(self.credit, coef=self.credit.coef * trust)
-        _, gate = self._correct_and_gate(rollouts)
+        if self.length_controller is not None and self._mode == "train":
+            self.length_controller.trust = trust
+        _, gate = self._verdicts_and_gate(rollouts)
         task = self._task_signal(rollouts, mask)
         advantages = self._advantages(critic.gamma, values, bootstrap, mask, task, gate, batch)
         std = gated_std(advantages.stats, gate, self._sum)
         shaped = self.credit.mode == "shaping" and isinstance(task, TaskSignal)  # in its rewards already
         if self.credit.coef != 0 and not self.credit.fused and not shaped:
             signal = length_signal(advantages, values, mask, self.credit, gamma=critic.gamma, target=target)
+            std = std_over_gated(mask.sum(1), row_moments(signal, mask), gate, self._sum)
             signal = finished_signal(signal, mask, gate, self.credit, self._sum)
             advantages = replace(advantages, total=torch.where(mask, advantages.task + self.credit.coef * signal, 0.0))
         self._use_advantages(rollouts, advantages, mask)
@@ -284,10 +295,20 @@ class LenVMGRPOTrainer(GroupTrainer):
         for name in ("explained_variance", "predicted_tokens", "true_tokens", "relative_error"):
             self._log(f"length/{name}", getattr(calibration, name))
         if self._mode == "train" and isinstance(critic, LearningCritic):
-            targets = values + length_advantages(values, bootstrap, mask, gamma=critic.gamma, lam=1.0)
-            self._log("length/critic_loss", critic.learn(batch, mask, targets, calibration.explained_variance))
+            seen = own_tokens(judged)
+            targets = values + length_advantages(values, bootstrap, seen, gamma=critic.gamma, lam=1.0)
+            self._log("length/critic_loss", critic.learn(judged, seen, targets, calibration.explained_variance))
             if self.args.length_backbone_coef:
                 batch["length_returns"] = targets
+
+    def _with_cut(self, rollouts: Rollouts) -> dict[str, Any]:
+        """The batch with the completions that `mask_truncated_completions` hides: to learn from finished ones alone
+        would teach the critic that long ones do not exist."""
+        if not self.args.mask_truncated_completions:
+            return rollouts.batch
+        offsets = torch.arange(rollouts.batch["completion_ids"].size(1), device=rollouts.generated.device)
+        generated = (offsets < rollouts.generated[:, None]).to(rollouts.batch["completion_mask"].dtype)
+        return rollouts.batch | {"completion_mask": generated}
 
     def _task_signal(self, rollouts: Rollouts, mask: Tensor) -> Tensor | TaskSignal:
         """The task's side of the advantages: one number for each completion, or rewards and a critic of its own."""

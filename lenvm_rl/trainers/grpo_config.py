@@ -8,6 +8,7 @@ from trl import GRPOConfig
 
 from lenvm_rl.advantages.compute import BACKEND_NAMES
 from lenvm_rl.launch_check import avoid_compiled_collectives
+from lenvm_rl.trainers.length_checks import check_length_settings
 from lenvm_rl.trainers.length_settings import LengthSettings
 from lenvm_rl.trainers.normalization import AdvantageNormalization
 
@@ -51,7 +52,8 @@ class LenVMGRPOConfig(LengthSettings, GRPOConfig):
         plugin = self.deepspeed_plugin
         if plugin is not None:
             avoid_compiled_collectives()  # here, since ZeRO-3 connects when the policy is loaded, before any trainer
-        self.check_length_settings(plugin.zero_stage if plugin is not None else None)
+        zero_stage = plugin.zero_stage if plugin is not None else None
+        check_length_settings(self, longest=self.max_completion_length, zero_stage=zero_stage)
         self._check_sampling()
         if self.advantage_backend not in BACKEND_NAMES:
             raise ValueError(

@@ -2,9 +2,10 @@
 
 Shaping leaves the order of policies as it is only if (a) the discount of the objective is the one in the shaping
 reward, (b) the potential does not change, (c) it is 0 wherever a completion ends, (d) nothing that depends on the
-outcome, and no normalisation, touches the shaped return, and (e) the loss does not weigh a token by its own
-completion's length. (c) holds by construction. Each broken one is named, and the run goes on: shaping is then a length
-signal like any other.
+outcome, and no normalisation, touches the shaped return, (e) a task critic estimates the shaped return, and (f) the
+loss does not weigh a token by its own completion's length. (c) holds by construction. Each broken one is named, and the
+run goes on: shaping is then a length signal like any other. Two things that change the coefficient or the scale are no
+breach: a batch whose critic is trusted less has another baseline, and whitening divides a whole batch alike.
 """
 
 from typing import Any
@@ -40,6 +41,16 @@ def broken_conditions(args: Any, *, in_rewards: bool = False) -> list[str]:
         broken.append("the clip: large potentials are cut (length_clip=None)")
     if args.length_resolution != "token":
         broken.append("the resolution: states share a potential (length_resolution='token')")
+    if in_rewards and args.lam < 1.0 and args.length_controller != "none":
+        broken.append(
+            "the coefficient: it changes, and the task critic still estimates the return under that of earlier batches "
+            "(length_controller='none')"
+        )
+    if args.loss_type == "bnpo" and args.per_device_train_batch_size == 1:
+        broken.append(
+            "the loss: loss_type='bnpo' divides by the tokens of the micro-batch, which is one completion here "
+            "(loss_type='dapo' or 'dr_grpo')"
+        )
     if args.loss_type in AVERAGED_PER_COMPLETION:
         broken.append(
             f"the loss: loss_type={args.loss_type!r} divides a completion's tokens by their number, so that the "

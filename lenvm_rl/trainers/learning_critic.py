@@ -125,8 +125,10 @@ class OnlineCritic(LearningCritic):
     def load(self, folder: Path) -> None:
         super().load(folder)
         if self.window > 1:
-            saved = torch.load(folder / self._recent_file, map_location=self.accelerator.device, weights_only=True)
-            self._recent = [Judged(**rows) for rows in saved]
+            # gloo's device, "cpu:0", is none that tensors are loaded to
+            saved = torch.load(folder / self._recent_file, map_location="cpu", weights_only=True)
+            device = self.accelerator.device
+            self._recent = [Judged(**{name: rows[name].to(device) for name in Judged._fields}) for rows in saved]
 
     @property
     def _recent_file(self) -> str:

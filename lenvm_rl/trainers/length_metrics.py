@@ -12,27 +12,35 @@ EXPLAINED_VARIANCE_FLOOR = 0.3
 
 
 def completion_metrics(
-    tokens: Tensor, correct: Tensor, gate: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+    tokens: Tensor, correctness: Tensor, gate: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> dict[str, float]:
     """How many completions are correct and feel the length signal, and what the correct ones cost.
 
     Args:
         tokens: (B,) the policy's own tokens of each completion.
-        correct: (B,) bool.
+        correctness: (B,) 1 for a correct completion, 0 for a wrong one, nan for one that could not be scored.
         gate: (B,) in [0, 1].
         reduce: adds up a tensor over processes.
     """
-    tokens, right = tokens.double(), correct.double()
+    tokens, scored, right = tokens.double(), ~correctness.isnan(), (correctness == 1).double()
     sums = torch.stack(
-        [torch.ones_like(tokens).sum(), tokens.sum(), right.sum(), (tokens * right).sum(), gate.double().sum()]
+        [
+            torch.ones_like(tokens).sum(),
+            tokens.sum(),
+            scored.double().sum(),
+            tokens[scored].sum(),
+            right.sum(),
+            (tokens * right).sum(),
+            gate.double().sum(),
+        ]
     )
-    completions, total, solved, solved_tokens, gates = reduce(sums).tolist()
+    completions, total, judged, judged_tokens, solved, solved_tokens, gates = reduce(sums).tolist()
     return {
         "gate_rate": gates / completions,
         "tokens": total / completions,
-        "correct_rate": solved / completions,
+        "correct_rate": _ratio(solved, judged),
         "correct_tokens": _ratio(solved_tokens, solved),
-        "wrong_tokens": _ratio(total - solved_tokens, completions - solved),
+        "wrong_tokens": _ratio(judged_tokens - solved_tokens, judged - solved),
         "tokens_per_correct": _ratio(total, solved),
     }
 

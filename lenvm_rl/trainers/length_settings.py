@@ -1,12 +1,10 @@
-"""The settings of the length signal, which the trainers share, and what of them cannot work together."""
+"""The settings of the length signal, which the trainers share. What of them cannot work: `length_checks.py`."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from lenvm_rl.credit import LengthCredit
-from lenvm_rl.length import check_gamma
-from lenvm_rl.length_controller import ControllerSettings, check_start
-from lenvm_rl.trainers.critic_placement import check_placement
+from lenvm_rl.length_controller import ControllerSettings
 
 SHARED = "shared"
 """Name of a critic that is a value head on the policy's own hidden states."""
@@ -16,11 +14,7 @@ CriticUpdateKind = Literal["frozen", "online", "refresh"]
 
 @dataclass
 class LengthSettings:
-    """Fields of a trainer's configuration that concern the length signal.
-
-    Raises:
-        ValueError: a setting outside its range, or two that contradict each other.
-    """
+    """Fields of a trainer's configuration that concern the length signal."""
 
     length_critic: str | None = None
     """Folder or hub name of the pretrained Length Value Model. "shared" is a value head on the policy's own hidden
@@ -145,74 +139,9 @@ class LengthSettings:
     length_token_budget: int = 16_384
     """Tokens of one critic forward, padding included. Lower it when the critic runs out of memory."""
 
-    def check_length_settings(self, zero_stage: int | None) -> None:
-        """Refuse what cannot work. `zero_stage` is that of the launch, None without DeepSpeed."""
-        self.length_credit()
-        check_start(self.controller_settings(), self.length_coef)
-        if self.length_gamma is not None:
-            check_gamma(self.length_gamma, "length_gamma")
-        check_placement(self.length_critic_placement, zero_stage)
-        if self.length_token_budget < 1:
-            raise ValueError(f"length_token_budget must be at least 1, got {self.length_token_budget}.")
-        self._check_target()
-        self._check_update()
-        ranges = {
-            "length_critic_learning_rate": 0.0 < self.critic_learning_rate < float("inf"),
-            "length_critic_steps": self.length_critic_steps >= 1,
-            "length_backbone_coef": 0.0 <= self.length_backbone_coef < float("inf"),
-            "length_critic_refresh_below": self.length_critic_refresh_below <= 1.0,
-            "length_critic_refresh_window": self.length_critic_refresh_window >= 1,
-            "length_critic_trust": 0.0 <= self.length_critic_trust < 1.0,
-            "length_collapse_patience": self.length_collapse_patience >= 0,
-            "length_collapse_drop": 0.0 < self.length_collapse_drop < 1.0,
-        }
-        for name, fits in ranges.items():
-            if not fits:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is out of range: a learning rate is positive, steps and windows are "
-                    "at least 1, patience and backbone_coef at least 0, refresh_below at most 1, trust and a drop of "
-                    "accuracy in [0, 1)."
-                )
-
-    def _check_target(self) -> None:
-        longest: int | None = getattr(self, "max_completion_length", None)
-        if self.length_controller == "tokens":
-            check_target(self.length_controller_target, longest, "length_controller_target")
-        if self.length_target is None and self.length_target_column is None:
-            return
-        if self.length_target is not None and self.length_target_column is not None:
-            raise ValueError(
-                f"length_target={self.length_target} and length_target_column={self.length_target_column!r} both say "
-                "how long a completion should be: set one of them."
-            )
-        if self.length_target is not None:
-            check_target(self.length_target, longest, "length_target")
-        if self.length_controller == "tokens":
-            raise ValueError(
-                "length_controller='tokens' moves the coefficient to reach a mean length, and a length target presses "
-                "towards one by itself: choose one of the two."
-            )
-
-    def _check_update(self) -> None:
-        kinds = get_args(CriticUpdateKind)
-        if self.length_critic_update not in kinds:
-            raise ValueError(
-                f"length_critic_update must be one of {', '.join(kinds)}, got {self.length_critic_update!r}."
-            )
-        if self.length_critic == SHARED and self.length_critic_update == "refresh":
-            raise ValueError(
-                "length_critic='shared' starts from nothing and learns from every batch, so that there is nothing to "
-                "refresh: leave length_critic_update out."
-            )
-        if self.length_backbone_coef and self.length_critic != SHARED:
-            raise ValueError(
-                f"length_backbone_coef={self.length_backbone_coef} sends the length critic's error into the policy, "
-                "but the critic is a model of its own: set length_critic='shared', or leave it out."
-            )
-        if self.length_critic_update != "frozen" and self.length_critic is None and self.length_coef == 0:
-            raise ValueError(
-                f"length_critic_update={self.length_critic_update!r} without a length_critic updates nothing: name one."
-            )
+    @property
+    def critic_learns(self) -> bool:
+        return self.length_critic_update != "frozen" or self.length_critic == SHARED
 
     @property
     def critic_learning_rate(self) -> float:
@@ -248,20 +177,3 @@ class LengthSettings:
             resolution=self.length_resolution,  # type: ignore[arg-type]
             targeted=self.length_target is not None or self.length_target_column is not None,
         )
-
-
-def check_target(tokens: Any, longest: int | None, name: str) -> float:
-    """The target as a number.
-
-    Raises:
-        ValueError: no positive number, or one that generation cannot reach.
-    """
-    number = isinstance(tokens, int | float) and not isinstance(tokens, bool)
-    if not number or not 1.0 <= tokens < float("inf"):
-        raise ValueError(f"{name}={tokens!r} is no length: give the tokens of a completion, end token included.")
-    if longest is not None and tokens > longest:
-        raise ValueError(
-            f"{name}={tokens} lies beyond max_completion_length={longest}, where generation stops: raise it, or lower "
-            "the target."
-        )
-    return float(tokens)

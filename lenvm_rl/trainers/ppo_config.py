@@ -160,6 +160,11 @@ class LenVMPPOConfig(LenVMGRPOConfig):
                 f"length_mode='shaping' puts the length values into the rewards of all completions, where "
                 f"{', '.join(set_otherwise)} would do nothing: leave that out."
             )
+        if self.length_shaping_discounted:
+            raise ValueError(
+                "length_shaping_discounted belongs to GRPO, whose objective has no discount. PPO shapes under its own "
+                "gamma: set that, and leave this out."
+            )
 
     def _check_loss(self) -> None:
         sequence = self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo")

@@ -1,8 +1,10 @@
 """What keeps the length signal from doing harm: trust in a critic as far as it explains, and an end to a collapse."""
 
 import logging
+import math
 from typing import Any
 
+from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,33 @@ def trust_in(explained_variance: float, floor: float) -> float:
     return max(explained_variance, 0.0) / floor
 
 
+class Trust:
+    """`trust_in` a critic, and a line in the log where it becomes less than whole.
+
+    Args:
+        floor: of `trust_in`.
+        accelerator: the trainer's; its main process speaks.
+    """
+
+    def __init__(self, floor: float, accelerator: Accelerator) -> None:
+        self.floor, self.accelerator = floor, accelerator
+        self._whole = True
+
+    def __call__(self, explained_variance: float, *, training: bool) -> float:
+        """The trust in a critic that explains so much of a batch; only training batches are spoken of."""
+        trust = trust_in(explained_variance, self.floor)
+        if training and trust < 1.0 and self._whole and self.accelerator.is_main_process:
+            logger.warning(
+                "The length critic explains %.2f of the variance of the latest rollouts, less than "
+                "length_critic_trust=%s: the length signal is scaled by %.2f, and by more or less as that changes.",
+                explained_variance,
+                self.floor,
+                trust,
+            )
+        self._whole = trust == 1.0 if training else self._whole
+        return trust
+
+
 class CollapseDetector:
     """Says when a policy has been losing accuracy and length together for too long; the same on every process.
 
@@ -38,7 +67,9 @@ class CollapseDetector:
         self._batches = 0
 
     def observe(self, accuracy: float, tokens: float) -> None:
-        """Count a batch of rollouts: its share of correct completions, and their mean length."""
+        """Count a batch of rollouts: its share of correct completions, nan without a verdict, and its mean length."""
+        if math.isnan(accuracy):
+            return
         self._batches += 1
         self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
         self._accuracy = SMOOTHING * self._accuracy + (1 - SMOOTHING) * accuracy
@@ -61,8 +92,8 @@ class CollapseDetector:
         return (
             f"The policy is collapsing: accuracy fell from {self._best:.0%} to {accuracy:.0%} while completions went "
             f"from {self._tokens_then:.0f} to {tokens:.0f} tokens, for {self._fallen} batches of rollouts. Training "
-            "stops here. Lower length_coef, let length_controller='accuracy' choose it, or set "
-            "length_collapse_patience=0 to go on regardless."
+            "stops here. Go on from an earlier checkpoint with a lower length_coef, start again with "
+            "length_controller='accuracy', or set length_collapse_patience=0 to go on regardless."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,8 +101,10 @@ class CollapseDetector:
         return {name: value for name, value in vars(self).items() if name.startswith("_")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a checkpoint stopped."""
+        """Continue where a checkpoint stopped. After a collapse, patience begins anew: someone chose to go on."""
         vars(self).update(state)
+        if self.verdict is not None:
+            self._fallen = 0
 
 
 class StopOnCollapse(TrainerCallback):

@@ -7,6 +7,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from lenvm_rl.model import LengthValueModel
+from lenvm_rl.trainers.grpo import LenVMGRPOTrainer
 from lenvm_rl.trainers.learning_critic import OnlineCritic, fit, own_shares
 from lenvm_rl.trainers.side_model import SideModel
 
@@ -76,9 +77,8 @@ def test_an_online_critic_learns_what_the_policy_does_now(train, critic_folder):
         "length_critic": critic_folder,
         "max_steps": 8,
         "learning_rate": 1e-6,
-        "length_critic_learning_rate": 1e-2,
     }
-    online = train(length_critic_update="online", length_critic_steps=8, **options)
+    online = train(length_critic_update="online", length_critic_steps=8, length_critic_learning_rate=1e-2, **options)
     frozen = train(**options)
     late = [sum(logged(trainer, "length/explained_variance")[4:]) / 4 for trainer in (online, frozen)]
     assert late[0] > late[1] + 0.1  # nothing can be explained of a random policy, but a wrong mean is unlearned
@@ -106,6 +106,29 @@ def test_a_refresh_waits_until_the_critic_explains_too_little(train, critic_fold
         max_steps=3,
     )
     assert needy.length_critic.side.steps == 3 * (1 + 2 + 2)  # batches at hand: one, then two
+
+
+@pytest.mark.parametrize("critic", ["online", "shared"])
+def test_cut_completions_are_learned_from_although_the_loss_leaves_them_out(train, critic_folder, critic):
+    options = {"length_critic_update": "online"} if critic == "online" else {}
+    options |= {"length_critic": "shared" if critic == "shared" else critic_folder, "max_steps": 1}
+
+    class Learning(LenVMGRPOTrainer):
+        def _use_advantages(self, rollouts, advantages, mask):
+            super()._use_advantages(rollouts, advantages, mask)
+            learn = self.length_critic.learn
+
+            def watched(batch, mask, targets, explained_variance):
+                self.learned = batch, mask, targets, rollouts.generated
+                return learn(batch, mask, targets, explained_variance)
+
+            self.length_critic.learn = watched
+
+    hidden, plain = (train(Learning, mask_truncated_completions=m, **options) for m in (True, False))
+    assert (hidden.learned[3] == 12).any()  # the limit cut some
+    for ours, theirs in zip(hidden.learned[1:], plain.learned[1:], strict=True):
+        assert_close(ours, theirs)
+    assert hidden.learned[1].sum(1).tolist() == hidden.learned[3].tolist()
 
 
 def test_a_critic_that_is_no_head_of_the_policy_has_no_part_in_its_loss(train, critic_folder):

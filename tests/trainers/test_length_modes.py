@@ -26,6 +26,10 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
+def gates(trainer, rollouts):
+    return trainer.credit.gates(rollouts.rewards[:, 0], 4)
+
+
 def values_of(advantages):
     return advantages.returns - advantages.length
 
@@ -59,7 +63,7 @@ def test_invariant_settings_are_not_warned_of(train, critic_folder):
     "setting, condition",
     [
         ({"length_shaping_discounted": True}, "the discount"),
-        ({"length_gate": "correct"}, "the gate"),
+        ({"length_gate": "correct", "length_unsolved_groups": False}, "the gate"),
         ({"length_unsolved_groups": False}, "the gate"),
         ({"length_scale": "std"}, "the normalisation"),
         ({"length_clip": 0.1}, "the clip"),
@@ -109,18 +113,43 @@ def test_a_prompt_without_a_usable_target_is_named(train, critic_folder, prompts
 
 def test_the_batch_resolution_says_nothing_of_length(train, critic_folder):
     trainer = train(Recording, length_critic=critic_folder, length_resolution="batch")
-    for _, advantages, mask, _, _ in trainer.seen:
-        part = (advantages.total - advantages.task)[mask]
-        felt = part[part != 0]
+    for rollouts, advantages, mask, _, _ in trainer.seen:
+        part = (advantages.total - advantages.task) * mask
+        felt = part[mask & (gates(trainer, rollouts) > 0)[:, None]]
+        assert felt.numel() > 1 and felt[0] != 0
         assert_close(felt, felt[:1].expand_as(felt))
+        assert (part[gates(trainer, rollouts) == 0] == 0).all()
 
 
-def test_a_critic_that_explains_nothing_is_not_heard(train, critic_folder, short_is_right):
+def test_a_critic_that_explains_nothing_is_not_heard(train, critic_folder, caplog):
     # the tiny critic was never trained: its explained variance is near 0 or below
-    trainer = train(length_critic=critic_folder, length_critic_trust=0.9)
-    assert all(trust < 0.2 for trust in logged(trainer, "length/trust"))
+    trainer = train(Recording, length_critic=critic_folder, length_critic_trust=0.9, length_coef=2.0)
+    trusted = logged(trainer, "length/trust")
+    assert all(trust < 0.2 for trust in trusted)
+    for (rollouts, advantages, mask, credit, _), trust in zip(trainer.seen, trusted, strict=True):
+        assert credit.coef == pytest.approx(2.0 * trust)
+        signal = 2.0 * trust * gates(trainer, rollouts)[:, None] * advantages.length
+        assert_close(advantages.total, (advantages.task + signal) * mask)
+    assert caplog.text.count("the length signal is scaled by") == 1
     trusting = train(length_critic=critic_folder, length_critic_trust=0.0)
     assert logged(trusting, "length/trust") == [1.0, 1.0]
+
+
+def test_the_spread_that_is_logged_is_that_of_the_signal(train, critic_folder):
+    options = {"length_critic": critic_folder, "length_gate": "all", "length_unsolved_groups": True, "max_steps": 1}
+    trainer = train(Recording, length_target=6, **options)
+    _, advantages, mask, _, _ = trainer.seen[0]
+    signal = (advantages.total - advantages.task)[mask]
+    assert logged(trainer, "length/advantage_std") == [pytest.approx(signal.std(correction=0).item(), rel=1e-4)]
+
+
+def test_completions_without_a_verdict_are_neither_right_nor_wrong(train, critic_folder):
+    def half_is_unknown(completions, **_):
+        return [1.0 if place % 2 else None for place in range(len(completions))]
+
+    trainer = train(length_critic=critic_folder, reward_funcs=half_is_unknown, length_controller="accuracy")
+    assert logged(trainer, "length/correct_rate") == [1.0, 1.0]
+    assert trainer.length_controller.measured == pytest.approx(1.0)
 
 
 def test_a_collapse_ends_training_with_a_checkpoint(train, critic_folder, tmp_path, caplog):
@@ -164,6 +193,15 @@ def test_a_collapse_ends_training_with_a_checkpoint(train, critic_folder, tmp_pa
         ({"length_critic_learning_rate": 0.0}, "length_critic_learning_rate=0.0 is out of range"),
         ({"length_critic_trust": 1.0}, "length_critic_trust=1.0 is out of range"),
         ({"length_collapse_drop": 0.0}, "length_collapse_drop=0.0 is out of range"),
+        ({"length_target": 5, "length_controller": "linear", "length_controller_end": -1.0}, "press away"),
+        ({"length_mode": "shaping", "length_controller": "accuracy"}, "does not shorten"),
+        ({"length_controller_target": 0.9}, "has an effect only where length_controller is 'accuracy' or 'tokens'"),
+        ({"length_controller_end": 0.5}, "has an effect only where length_controller is 'linear' or 'cosine'"),
+        ({"length_unsolved_groups": True}, "has an effect only where length_gate is 'all'"),
+        ({"length_critic_steps": 2}, "has an effect only where the critic learns"),
+        ({"length_critic_refresh_window": 2}, "has an effect only where length_critic_update is 'refresh'"),
+        ({"length_coef": 50.0, "length_controller": "accuracy"}, "length_coef=50.0, which lies beyond its bounds"),
+        ({"length_coef": -20.0, "length_controller": "tokens", "length_controller_target": 6}, "beyond its bounds"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, tiny_run, setting, message):

@@ -60,6 +60,18 @@ def test_patience_zero_never_stops():
     assert shown(CollapseDetector(patience=0, drop=0.1), GOOD + [(0.0, 1.0)] * 50) is None
 
 
+def test_batches_without_a_verdict_are_left_out():
+    assert shown(CollapseDetector(patience=5, drop=0.15), GOOD + [(NAN, 1.0)] * 50) is None
+
+
+def test_who_goes_on_after_a_collapse_has_its_patience_once_more():
+    first, second = CollapseDetector(5, 0.15), CollapseDetector(5, 0.15)
+    shown(first, GOOD + [(0.0, 1.0)] * 30)
+    second.load_state_dict(first.state_dict())
+    number, _ = shown(second, [(0.0, 1.0)] * 30)
+    assert number == 4
+
+
 def test_a_resumed_detector_speaks_when_the_other_one_does():
     batches = GOOD + [(0.0, 1.0)] * 30
     whole = shown(CollapseDetector(5, 0.15), batches)

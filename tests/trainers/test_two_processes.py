@@ -83,6 +83,24 @@ shared = LenVMGRPOTrainer(AutoModelForCausalLM.from_pretrained(policy), two_thir
 shared.train()
 
 
+def run_controlled(name, resume=None):
+    # a critic that is refreshed, and a coefficient that keeps accuracy, for a length of each prompt's own
+    args = LenVMGRPOConfig(
+        f"{folder}/{name}", length_critic=critic, length_critic_update="refresh", length_critic_refresh_below=1.0,
+        length_critic_refresh_window=2, length_critic_trust=0.0, length_controller="accuracy",
+        length_controller_warmup=2, length_target_column="wanted", length_gate="all",
+        max_steps=6, save_strategy="steps", save_steps=3, **OPTIONS)
+    prompts = data.map(lambda row: {"wanted": 3 + row["number"] % 5})
+    trainer = LenVMGRPOTrainer(AutoModelForCausalLM.from_pretrained(policy), two_thirds_are_hopeless, args, prompts,
+                               processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+controlled = run_controlled("controlled")
+controlled_again = run_controlled("controlled_again", f"{folder}/controlled/checkpoint-3")
+
+
 def weights(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: weight.detach() for name, weight in model.named_parameters()}
@@ -97,6 +115,9 @@ torch.save(
         "drpo_logs": drpo.state.log_history,
         "shared": weights(shared), "head": dict(shared.length_critic.side.model.state_dict()),
         "read_again": shared.hidden_states.read_again,
+        "controlled": [weights(trainer) for trainer in (controlled, controlled_again)],
+        "refreshed": [trainer.length_critic.side.model.state_dict() for trainer in (controlled, controlled_again)],
+        "coefficients": [trainer.length_controller.state_dict() for trainer in (controlled, controlled_again)],
     },
     f"{folder}/rank{whole.accelerator.process_index}.pt",
 )
@@ -189,3 +210,13 @@ def test_a_head_on_the_policy_is_the_same_on_both_whatever_each_must_read_again(
     assert_equal_weights(ranks[0]["head"], ranks[1]["head"])
     assert any(weight.abs().sum() > 0 for name, weight in ranks[0]["head"].items() if "summary" in name)  # it learned
     assert ranks[0]["read_again"] != ranks[1]["read_again"]
+
+
+def test_a_refreshed_critic_and_a_controlled_coefficient_are_the_same_on_both_and_go_on_exactly(ranks):
+    for rank in ranks:
+        for found in ("controlled", "refreshed"):
+            whole, resumed = rank[found]
+            assert_equal_weights(whole, resumed)
+            assert_equal_weights(whole, ranks[0][found][0])
+        assert rank["coefficients"][0] == rank["coefficients"][1] == ranks[0]["coefficients"][0]
+    assert ranks[0]["coefficients"][0]["batches"] == 6 and ranks[0]["coefficients"][0]["coef"] != 1.0
