@@ -11,14 +11,16 @@ command goes on after an interruption. Writes `summary.json`, `table.md`, `ablat
 
 import json
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from credit_report import report
+from credit_report import read_variants, report
 
 from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.comparison import Comparison
 from lenvm_rl.evaluation.contest_report import START
+from lenvm_rl.experiment import read_contender_flags
 from lenvm_rl.launch import run
 from lenvm_rl.tasks.arithmetic import sample_problems
 
@@ -98,6 +100,7 @@ def main() -> None:
         short = str(write_short_problems(args.output_dir / "short"))
         start = {"method": START, "knob": None, "knob_text": "", "seed": 0}
         with comparison.alone():
+            refuse_other_settings(args.output_dir, chosen)
             jobs = [comparison.job(START, start, ["--method", "grpo", "--evaluate_only"])]
             for seed in range(args.seeds):
                 for name in chosen:
@@ -109,6 +112,30 @@ def main() -> None:
         for name, line in failed.items():
             print(f"{name} failed: {line}")
     print(report(args.output_dir, VARIANTS))
+
+
+def refuse_other_settings(output_dir: Path, names: Sequence[str]) -> None:
+    """Finished runs that were made under other settings than their variant has now cannot stand in for it.
+
+    Raises:
+        ValueError: there is one.
+    """
+    config = REPOSITORY / "recipes" / "configs" / "embedded_compare.yaml"
+    for variant in read_variants(output_dir, names):
+        if variant.name == START:
+            continue
+        _, args, _, _ = read_contender_flags(["--method", "lenvm", *VARIANTS[variant.name]], config)
+        now = {name: value for name, value in args.to_dict().items() if name.startswith("length_")}
+        if now["length_controller"] not in ("accuracy", "tokens"):
+            now = {name: value for name, value in now.items() if not name.startswith("length_controller_")}
+        for finished in variant.runs:
+            then = finished.summary["config"]
+            changed = [f"{key} {then[key]} then, {now[key]} now" for key in now if then.get(key, now[key]) != now[key]]
+            if changed:
+                raise ValueError(
+                    f"The finished run of {variant.name!r}, seed {finished.seed}, in {output_dir} was made under other "
+                    f"settings ({'; '.join(changed)}): delete its folder, or name another --output_dir."
+                )
 
 
 def write_short_problems(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from lenvm_rl.evaluation.contest_report import START, Run, read_run
+from lenvm_rl.evaluation.contest_report import START, Run, read_run, seeds_text
 from lenvm_rl.evaluation.frontier import Interval, seed_interval
 from lenvm_rl.evaluation.report import write_json
 from lenvm_rl.tasks.arithmetic import MAX_STEPS, sample_problems
@@ -59,6 +59,7 @@ class Variant:
         return {
             "variant": self.name,
             "seeds": len(self.runs),
+            "collapsed": sum(run.collapsed for run in self.runs),
             "accuracy": interval([float(run.correct.mean()) for run in self.runs]),
             "tokens": interval([float(run.tokens.mean()) for run in self.runs]),
             "accuracy_mix": mean_of_known([self.at_training_mix(run, run.correct) for run in self.runs]),
@@ -70,7 +71,7 @@ class Variant:
         """Mean of (problems,) outcomes at the training problems' mix of steps; nan for the variants "short"."""
         if self.name.startswith("short"):
             return float("nan")
-        return float((outcomes * weights(run.seed, len(outcomes))).mean())
+        return float((outcomes * weights(len(outcomes))).mean())
 
     def over_steps(self, key: str) -> np.ndarray:
         """(steps - SMOOTHED + 1,) mean over the seeds that logged it; empty if none did."""
@@ -102,10 +103,11 @@ def read_variants(output_dir: Path, names: Iterable[str]) -> list[Variant]:
 
 
 @cache
-def weights(seed: int, problems: int) -> np.ndarray:
-    """(problems,) of the held-out problems of a seed, mean 1: what gives them the training problems' mix of steps."""
-    held_out = np.array([len(problem.steps) for problem in sample_problems(problems, seed, held_out=True)])
-    training = np.array([len(problem.steps) for problem in sample_problems(TRAIN_PROBLEMS, seed, held_out=False)])
+def weights(problems: int) -> np.ndarray:
+    """(problems,) of the held-out problems, mean 1: what gives them the training problems' mix of steps."""
+    # all runs have the same problems, whatever their seed
+    held_out = np.array([len(problem.steps) for problem in sample_problems(problems, 0, held_out=True)])
+    training = np.array([len(problem.steps) for problem in sample_problems(TRAIN_PROBLEMS, 0, held_out=False)])
     shares = [
         np.mean(training == steps) / max(np.mean(held_out == steps), 1 / problems) for steps in range(MAX_STEPS + 1)
     ]
@@ -142,10 +144,9 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         spread = f" ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})" if row["seeds"] > 1 else ""
         logged = " | ".join("" if np.isnan(row[key]) else f"{row[key]:.2f}" for key in LOGGED)
         mix = "" if np.isnan(row["tokens_mix"]) else f"{100 * row['accuracy_mix']:.1f} %, {row['tokens_mix']:.1f}"
-        lines.append(
-            f"| {row['variant']} | {row['seeds']} | {100 * accuracy['mean']:.1f} %{spread} | {tokens['mean']:.1f} "
-            f"| {mix} | {logged} |"
-        )
+        seeds = seeds_text(row["seeds"], row["collapsed"])
+        result = f"{100 * accuracy['mean']:.1f} %{spread} | {tokens['mean']:.1f}"
+        lines.append(f"| {row['variant']} | {seeds} | {result} | {mix} | {logged} |")
     return "\n".join(lines) + "\n"
 
 

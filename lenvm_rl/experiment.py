@@ -180,6 +180,7 @@ def run_experiment(
             summary={
                 "steps": trainer.state.global_step,
                 "interrupted": interrupt.interrupted,
+                "collapsed": trainer.collapse.verdict,
                 "seconds": time.perf_counter() - started,
                 "training_seconds": training_seconds,
                 **_spent(trainer.state.log_history, args.logging_steps),
@@ -193,7 +194,7 @@ def run_experiment(
         if script.eval_problems:
             out.print(sample_table(evaluation.shown["prompt"], evaluation.texts))
             out.print(comparison_table(evaluation.scores, title=task.name))
-        ended = "Interrupted" if interrupt.interrupted else "Done"
+        ended = "Interrupted" if interrupt.interrupted else "Collapsed" if trainer.collapse.verdict else "Done"
         out.print(f"{ended} after {trainer.state.global_step} steps: {args.output_dir}/")
     if interrupt.terminated:
         trainer.accelerator.wait_for_everyone()  # a launcher ends the others with the first one that is gone

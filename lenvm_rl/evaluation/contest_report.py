@@ -45,6 +45,16 @@ class Run:
     tokens: np.ndarray
     summary: dict[str, Any]
 
+    @property
+    def collapsed(self) -> bool:
+        """Training stopped early, at a policy that had lost accuracy and length together."""
+        return bool(self.summary.get("collapsed"))
+
+
+def seeds_text(runs: int, collapsed: int) -> str:
+    """For the column of seeds."""
+    return f"{runs}, {collapsed} collapsed" if collapsed else str(runs)
+
 
 def read_run(folder: Path) -> Run | None:
     """The run in a folder; None if it is not finished."""
@@ -158,6 +168,7 @@ def _row(
         "recommended": contender is not None and key[1] == knob_text(contender.recommended),
         "seeds": len(outcomes.seeds),
         "seed_values": list(outcomes.seeds),
+        "collapsed": sum(run.collapsed for run in runs),
         "accuracy": _over_seeds(accuracies, resampled.accuracy),
         "tokens": _over_seeds(tokens, resampled.tokens),
         "tokens_per_correct": resampled.tokens_per_correct._asdict(),
@@ -228,7 +239,7 @@ def contest_table(summary: Mapping[str, Any]) -> str:
         accuracy, tokens, score = row["accuracy"], row["tokens"], row["efficiency_score"]
         setting = f"{row['knob_name']} {row['knob_text']}" if row["knob_name"] else ""
         lines.append(
-            f"| {row['label']} | {setting} | {row['seeds']} "
+            f"| {row['label']} | {setting} | {seeds_text(row['seeds'], row['collapsed'])} "
             f"| {_with_interval(accuracy, _percent)} | {_range(accuracy, _percent)} "
             f"| {_with_interval(tokens, _number)} | {_range(tokens, _number)} "
             f"| {_with_interval(row['tokens_per_correct'], _number)} | {_signed(score['start'])} "

@@ -46,7 +46,7 @@ def test_a_variant_is_the_mean_of_its_seeds(tmp_path):
 
 
 def test_the_training_mix_gives_a_number_of_steps_its_share_of_the_training_problems():
-    weights = credit_report.weights(0, 1_000)
+    weights = credit_report.weights(1_000)
     steps = np.array([len(problem.steps) for problem in sample_problems(1_000, 0, held_out=True)])
     training = np.array([len(p.steps) for p in sample_problems(credit_report.TRAIN_PROBLEMS, 0, held_out=False)])
     np.testing.assert_allclose(
