@@ -2,7 +2,7 @@
 
     python benchmarks/credit_ablation.py --seeds 1                 # all variants, about two hours on two quiet cores
     python benchmarks/credit_ablation.py coef online --seeds 3     # those whose name starts so
-    python benchmarks/credit_ablation.py --report_only
+    python benchmarks/credit_ablation.py --report_only --write     # what is finished, into docs/
 
 A variant is recipes/grpo_baseline.py --method lenvm under recipes/configs/embedded_compare.yaml with a few flags. The
 variants "short" train and evaluate on problems of one or two steps alone: there the frozen critic goes stale. The same
@@ -10,12 +10,14 @@ command goes on after an interruption. Writes `summary.json`, `table.md`, `ablat
 """
 
 import json
+import shutil
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from credit_report import read_variants, report
+from marked import DOCS, write_between
 
 from lenvm_rl.atomic_file import atomic_file
 from lenvm_rl.comparison import Comparison
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/credit_ablation"))
     parser.add_argument("--report_only", action="store_true", help="start nothing")
+    parser.add_argument("--write", action="store_true", help="table, figures and summary into docs/")
     args = parser.parse_args()
     chosen = [name for name in VARIANTS if not args.variants or any(name.startswith(word) for word in args.variants)]
     if not chosen:
@@ -111,7 +114,13 @@ def main() -> None:
             failed = comparison.finish(jobs, args.workers, partial(print, flush=True))
         for name, line in failed.items():
             print(f"{name} failed: {line}")
-    print(report(args.output_dir, VARIANTS))
+    table = report(args.output_dir, VARIANTS)
+    print(table)
+    if args.write:
+        write_between(DOCS / "credit.md", "ablation", table)
+        shutil.copy(args.output_dir / "summary.json", DOCS / "data" / "credit_ablation.json")
+        shutil.copy(args.output_dir / "ablation.png", DOCS / "figures" / "credit_ablation.png")
+        shutil.copy(args.output_dir / "over_steps.png", DOCS / "figures" / "credit_over_steps.png")
 
 
 def refuse_other_settings(output_dir: Path, names: Sequence[str]) -> None:
