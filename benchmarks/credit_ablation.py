@@ -24,6 +24,7 @@ from lenvm_rl.comparison import Comparison
 from lenvm_rl.evaluation.contest_report import START
 from lenvm_rl.experiment import read_contender_flags
 from lenvm_rl.launch import run
+from lenvm_rl.length_controller import CONTROLLERS
 from lenvm_rl.tasks.arithmetic import sample_problems
 
 REPOSITORY = Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def main() -> None:
         short = str(write_short_problems(args.output_dir / "short"))
         start = {"method": START, "knob": None, "knob_text": "", "seed": 0}
         with comparison.alone():
-            refuse_other_settings(args.output_dir, chosen)
+            refuse_other_settings(comparison, chosen)
             jobs = [comparison.job(START, start, ["--method", "grpo", "--evaluate_only"])]
             for seed in range(args.seeds):
                 for name in chosen:
@@ -123,27 +124,26 @@ def main() -> None:
         shutil.copy(args.output_dir / "over_steps.png", DOCS / "figures" / "credit_over_steps.png")
 
 
-def refuse_other_settings(output_dir: Path, names: Sequence[str]) -> None:
+def refuse_other_settings(comparison: Comparison, names: Sequence[str]) -> None:
     """Finished runs that were made under other settings than their variant has now cannot stand in for it.
 
     Raises:
         ValueError: there is one.
     """
-    config = REPOSITORY / "recipes" / "configs" / "embedded_compare.yaml"
-    for variant in read_variants(output_dir, names):
+    for variant in read_variants(comparison.output_dir, names):
         if variant.name == START:
             continue
-        _, args, _, _ = read_contender_flags(["--method", "lenvm", *VARIANTS[variant.name]], config)
+        _, args, _, _ = read_contender_flags(["--method", "lenvm", *VARIANTS[variant.name]], comparison.config)
         now = {name: value for name, value in args.to_dict().items() if name.startswith("length_")}
-        if now["length_controller"] not in ("accuracy", "tokens"):
+        if now["length_controller"] not in CONTROLLERS:
             now = {name: value for name, value in now.items() if not name.startswith("length_controller_")}
         for finished in variant.runs:
             then = finished.summary["config"]
             changed = [f"{key} {then[key]} then, {now[key]} now" for key in now if then.get(key, now[key]) != now[key]]
             if changed:
                 raise ValueError(
-                    f"The finished run of {variant.name!r}, seed {finished.seed}, in {output_dir} was made under other "
-                    f"settings ({'; '.join(changed)}): delete its folder, or name another --output_dir."
+                    f"The finished run of {variant.name!r}, seed {finished.seed}, in {comparison.output_dir} was made "
+                    f"under other settings ({'; '.join(changed)}): delete its folder, or name another --output_dir."
                 )
 
 

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 ControllerKind = Literal["none", "accuracy", "tokens", "linear", "cosine"]
+CONTROLLERS = ("accuracy", "tokens")
+"""Kinds that follow what they measure."""
 SCHEDULES = ("linear", "cosine")
+"""Kinds that follow the progress of the run alone."""
 INTEGRAL_BATCHES = 30
 """Batches of a constant excess in which its sum weighs as much as the excess itself."""
 
@@ -98,7 +101,7 @@ def check_start(settings: ControllerSettings, coef: float) -> None:
             "length signal: set it to where the coefficient should start."
         )
     low = settings.low if settings.kind == "accuracy" else 0.0
-    if settings.kind not in SCHEDULES and not low <= abs(coef) <= settings.high:
+    if settings.kind in CONTROLLERS and not low <= abs(coef) <= settings.high:
         raise ValueError(
             f"length_controller={settings.kind!r} starts from length_coef={coef}, which lies beyond its bounds, "
             f"{low} and {settings.high}: move length_controller_low or _high, or start between them."
@@ -109,7 +112,7 @@ class LengthController:
     """The coefficient and what it has seen; the same on every process.
 
     Args:
-        settings: of kind "accuracy" or "tokens".
+        settings: of one of the kinds `CONTROLLERS`.
         coef: where it starts, not 0. Under "accuracy" a negative one lengthens, and its size is controlled; under
             "tokens" it is that of the first batches.
 

@@ -22,7 +22,7 @@ from lenvm_rl.advantages.statistics import row_moments
 from lenvm_rl.credit import gated_std, std_over_gated
 from lenvm_rl.critic import LengthCritic
 from lenvm_rl.launch_check import check_launch
-from lenvm_rl.length_controller import SCHEDULES, LengthController, scheduled
+from lenvm_rl.length_controller import CONTROLLERS, SCHEDULES, LengthController, scheduled
 from lenvm_rl.length_signal import finished_signal, length_signal
 from lenvm_rl.model import LengthValueModel
 from lenvm_rl.trainers.finite_rewards import guard
@@ -108,7 +108,7 @@ class LenVMGRPOTrainer(GroupTrainer):
             self._say_what_shaping_breaks()
 
     def _prepare_controller(self) -> LengthController | None:
-        if self._controlled.kind in ("none", *SCHEDULES):
+        if self._controlled.kind not in CONTROLLERS:
             return None
         return LengthController(self._controlled, self.args.length_coef)
 

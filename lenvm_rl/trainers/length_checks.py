@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, get_args
 
 from lenvm_rl.length import check_gamma
-from lenvm_rl.length_controller import SCHEDULES, check_start
+from lenvm_rl.length_controller import CONTROLLERS, SCHEDULES, check_start
 from lenvm_rl.trainers.critic_placement import check_placement
 from lenvm_rl.trainers.length_settings import SHARED, CriticUpdateKind, LengthSettings
 
@@ -119,7 +119,7 @@ def _check_update(args: LengthSettings) -> None:
 
 
 def _check_controller(args: LengthSettings) -> None:
-    if args.length_mode == "shaping" and args.length_controller in ("accuracy", "tokens"):
+    if args.length_mode == "shaping" and args.length_controller in CONTROLLERS:
         raise ValueError(
             f"length_controller={args.length_controller!r} moves the coefficient until the length signal has done "
             "enough, but length_mode='shaping' does not shorten: take length_mode='additive', or no controller."
@@ -127,7 +127,7 @@ def _check_controller(args: LengthSettings) -> None:
 
 
 def _check_effects(args: LengthSettings) -> None:
-    controlled = args.length_controller in ("accuracy", "tokens")
+    controlled = args.length_controller in CONTROLLERS
     needs = {
         "length_controller_target": (controlled, "length_controller is 'accuracy' or 'tokens'"),
         "length_controller_margin": (args.length_controller == "accuracy", "length_controller is 'accuracy'"),

@@ -1,17 +1,22 @@
 """From folders of runs to the table of the ablation."""
 
 import json
+from contextlib import nullcontext
 
 import credit_ablation
 import credit_report
 import numpy as np
 import pytest
 
+from lenvm_rl.comparison import Comparison
+from lenvm_rl.experiment import read_contender_flags
 from lenvm_rl.tasks import load_task
 from lenvm_rl.tasks.arithmetic import sample_problems
 
+CONFIG = credit_ablation.REPOSITORY / "recipes" / "configs" / "embedded_compare.yaml"
 
-def finish(folder, variant, seed, correct, tokens, coef=None, method="lenvm", curve_of_variance=()):
+
+def finish(folder, variant, seed, correct, tokens, coef=None, method="lenvm", curve_of_variance=(), config=None):
     folder.mkdir(parents=True)
     about = {"method": method, "knob": variant, "knob_text": variant or "", "seed": seed}
     (folder / "run.json").write_text(json.dumps(about))
@@ -19,7 +24,7 @@ def finish(folder, variant, seed, correct, tokens, coef=None, method="lenvm", cu
     curve += [{"step": 2, "explained_variance": value} for value in curve_of_variance]
     score = {"accuracy": 0.5}
     (folder / "summary.json").write_text(
-        json.dumps({"interrupted": False, "before": score, "after": score, "curve": curve})
+        json.dumps({"interrupted": False, "before": score, "after": score, "curve": curve, "config": config or {}})
     )
     name = "before" if method == "start" else "after"
     np.savez(folder / "outcomes.npz", **{f"{name}_correct": np.array(correct), f"{name}_tokens": np.array(tokens)})
@@ -70,10 +75,23 @@ def test_the_short_problems_are_what_the_recipes_read(tmp_path):
     assert max(prompt.count("+") + prompt.count("-") for prompt in task.held_out["prompt"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("variant", "then", "word"),
+    [
+        ("coef 3", {"length_coef": 3.0, "length_controller_rate": 99.0}, None),
+        ("coef 3", {"length_coef": 2.0}, "'coef 3', seed 1.*length_coef 2.0 then, 3.0 now"),
+        ("tokens 30 from 10", {"length_controller_rate": 99.0}, "length_controller_rate 99.0 then"),
+    ],
+    ids=["without a controller its rate is nothing", "another coefficient", "another rate"],
+)
+def test_a_finished_run_of_other_settings_stands_in_for_no_variant(tmp_path, variant, then, word):
+    finish(tmp_path / "runs" / "a", variant, 1, [True], [9], config=then)
+    comparison = Comparison(tmp_path, credit_ablation.REPOSITORY / "recipes" / "grpo_baseline.py", CONFIG)
+    with nullcontext() if word is None else pytest.raises(ValueError, match=f"{word}.*delete its folder"):
+        credit_ablation.refuse_other_settings(comparison, [variant])
+
+
 @pytest.mark.parametrize("flags", credit_ablation.VARIANTS.values(), ids=credit_ablation.VARIANTS.keys())
 def test_every_variant_is_one_that_the_recipe_takes(flags):
-    from lenvm_rl.experiment import read_contender_flags
-
-    config = credit_ablation.REPOSITORY / "recipes" / "configs" / "embedded_compare.yaml"
-    _, args, _, _ = read_contender_flags(["--method", "lenvm", *flags, "--config", str(config)], config)
+    _, args, _, _ = read_contender_flags(["--method", "lenvm", *flags], CONFIG)
     assert args.length_credit() is not None
