@@ -59,18 +59,21 @@ class LenVMGRPOConfig(LengthSettings, GRPOConfig):
             raise ValueError(
                 f"advantage_backend must be one of {', '.join(BACKEND_NAMES)}, got {self.advantage_backend!r}."
             )
-        if self.length_coef == 0:
-            return
+        if self.length_coef != 0:
+            self._check_ratios()
+
+    def _check_ratios(self) -> None:
+        """Refuse a loss that averages the advantages of a completion's tokens back to one number."""
         if self.loss_type == "luspo":
             raise ValueError(
-                "loss_type='luspo' is made for one ratio per completion, which averages token advantages away. Take "
-                "another loss_type, 'dapo' for example, or length_coef=0."
+                "loss_type='luspo' is made for one ratio per completion, which averages token advantages away: take "
+                "another loss_type, 'dapo' for example."
             )
         if self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo"):
             raise ValueError(
                 f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} takes one ratio per "
                 "completion, which averages token advantages back to one number: no token would learn that it wasted "
-                "the budget. Set importance_sampling_level='token', or length_coef=0."
+                "the budget. Set importance_sampling_level='token'."
             )
 
     def _check_sampling(self) -> None:

@@ -167,13 +167,7 @@ class LenVMPPOConfig(LenVMGRPOConfig):
             )
 
     def _check_loss(self) -> None:
-        sequence = self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo")
-        if self.loss_type == "luspo" or sequence:
-            raise ValueError(
-                f"loss_type={self.loss_type!r} with importance_sampling_level={self.importance_sampling_level!r} takes "
-                "one ratio per completion, which averages the advantages of tokens away: set loss_type='dapo' and "
-                "importance_sampling_level='token'."
-            )
+        self._check_ratios()  # the task critic's advantages are of tokens, too
         if self.kl_estimator not in get_args(KLEstimator):
             raise ValueError(
                 f"kl_estimator must be one of {', '.join(get_args(KLEstimator))}, got {self.kl_estimator!r}."

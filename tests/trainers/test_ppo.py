@@ -378,7 +378,7 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(train_ppo, tmp_path, 
         ({"length_mode": "shaping", "length_clip": 1.0, "length_coef": 1.0}, "length_clip would do nothing"),
         ({"kl_in_reward": True}, "kl_in_reward needs a weight: set beta"),
         ({"kl_in_reward": True, "beta": 0.1, "kl_estimator": "k2"}, "kl_estimator must be one of k1, k3, got 'k2'"),
-        ({"importance_sampling_level": "sequence"}, "averages the advantages of tokens away"),
+        ({"importance_sampling_level": "sequence"}, "averages token advantages back"),
         ({"per_device_train_batch_size": 1}, "one completion has nothing to be compared with"),
     ],
 )
