@@ -3,18 +3,20 @@
 1. **Accuracy** is kept by dual ascent on the logarithm of the coefficient: every batch of rollouts multiplies it by
    exp(rate * slack), slack being how far the policy is on the right side of the target. A start that is ten times off
    is soon forgotten, and the coefficient never changes its sign. An accuracy above the policy's start cannot be kept
-   yet: it is due at the end of training, and until then what is required rises in a straight line. Otherwise such a
-   target would silence the length signal until the task is learned.
+   yet: it is due at the end of training, and until then what is required rises with the square of the progress. A
+   policy learns fast first and slowly then, so it is not held to a target from the beginning that it will soon pass.
 2. **A mean length** is reached and held by a coefficient of either sign: rate * e, plus the sum of all rate * e over
    `INTEGRAL_BATCHES`, with e = log(length / target). The coefficient does not set the length but its change: a policy
    that was shortened stays short at 0, and a coefficient that only grew and shrank would overshoot for good.
 3. What is measured is smoothed over batches, of the prompts that were really seen, before any of them was replaced.
-4. The first batches change nothing. Under "accuracy" they say where the policy started, so nothing presses it yet.
+4. The first batches change nothing. Under "accuracy" they say where the policy started, so nothing presses it yet. They
+   are few: their standard error is taken off, or a start that they overrate would be required for good.
 5. While the critic is not trusted, what the policy does says nothing of the coefficient, which waits.
 """
 
 import math
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any, Literal, get_args
 
 ControllerKind = Literal["none", "accuracy", "tokens", "linear", "cosine"]
@@ -38,10 +40,10 @@ class ControllerSettings:
     """"accuracy" keeps the share of correct completions at a target or above, and shortens as far as that allows;
     "tokens" reaches a mean length and holds it; "linear" and "cosine" go from the first coefficient to `end`."""
     target: float | None = None
-    """Share of correct completions, or mean tokens. None with "accuracy": that of the warm-up, minus `margin`. A share
-    above that is due at the end of training."""
+    """Share of correct completions, or mean tokens. None with "accuracy": that of the warm-up, minus `margin` and its
+    standard error. A share above that is due at the end of training."""
     margin: float = 0.01
-    """Accuracy that may be given away, where the target is the policy's own start."""
+    """Accuracy that may be given away, where the target is the policy's own start, beside the standard error of it."""
     rate: float = 3.0
     """Change of the coefficient's logarithm in one batch, for a slack of 1: a point above the target raises it by 3 %.
     With "tokens": the coefficient for a length e times the target."""
@@ -127,7 +129,8 @@ class LengthController:
         self.target = settings.target
         self.trust = 1.0
         """Share of the coefficient that the policy felt in the latest batch; the next step is as much smaller."""
-        self._batches, self._weight, self._mean, self._start, self._offset = 0, 0.0, 0.0, 0.0, 0.0
+        self._batches, self._weight, self._mean, self._offset = 0, 0.0, 0.0, 0.0
+        self._first: list[float] = []
 
     @property
     def coef(self) -> float:
@@ -156,18 +159,22 @@ class LengthController:
         self._weight = settings.smoothing * self._weight + (1 - settings.smoothing)
         self._batches += 1
         if self._batches <= settings.warmup:
-            self._start += seen / settings.warmup
+            self._first.append(seen)
             return
         if self.target is None:
-            self.target = max(self._start - settings.margin, 0.0)
+            self.target = self._least_at_start()
         if settings.kind == "accuracy":
             self._ascend(self._required(self.target, progress))
         else:
             self._regulate(self.target)
 
     def _required(self, target: float, progress: float) -> float:
-        start = max(self._start - self.settings.margin, 0.0)
-        return start + progress * (target - start) if target > start else target
+        start = self._least_at_start()
+        return start + progress**2 * (target - start) if target > start else target
+
+    def _least_at_start(self) -> float:
+        error = stdev(self._first) / math.sqrt(len(self._first)) if len(self._first) > 1 else 0.0
+        return max(fmean(self._first) - error - self.settings.margin, 0.0)
 
     def _ascend(self, required: float) -> None:
         size = abs(self._coef) * math.exp(self.settings.rate * self.trust * (self.measured - required))
@@ -189,7 +196,7 @@ class LengthController:
             "batches": self._batches,
             "weight": self._weight,
             "mean": self._mean,
-            "start": self._start,
+            "first": list(self._first),
             "offset": self._offset,
             "trust": self.trust,
         }
@@ -206,7 +213,7 @@ class LengthController:
                 f"{self.settings.kind!r}: resume with what the checkpoint had, or start a new run from its weights."
             )
         self._coef, self._batches = state["coef"], state["batches"]
-        self._weight, self._mean, self._start = state["weight"], state["mean"], state["start"]
+        self._weight, self._mean, self._first = state["weight"], state["mean"], list(state["first"])
         self._offset, self.trust = state["offset"], state["trust"]
         self.target = self.settings.target if self.settings.target is not None else state["target"]
 

@@ -62,8 +62,8 @@ class LengthSettings:
     completions stays at a target, "tokens" reaches a mean length and holds it, "linear" and "cosine" are schedules."""
 
     length_controller_target: float | None = None
-    """Share of correct completions ("accuracy"; None takes that of the first batches minus the margin, more than that
-    is due at the end of training), or mean tokens of a completion ("tokens")."""
+    """Share of correct completions ("accuracy"; None takes that of the first batches, minus its standard error and the
+    margin; more is due at the end of training), or mean tokens of a completion ("tokens")."""
 
     length_controller_margin: float = 0.01
     """Accuracy that may be given away, where the target is the policy's own start."""
