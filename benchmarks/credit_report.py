@@ -32,7 +32,7 @@ PANELS = {
         "tokens",
         ["coef 0", "resolution batch", "resolution completion", "default", "coef 10"],
     ),
-    "Tokens, with a length target": ("tokens", ["target 25", "target 40", "target 60"]),
+    "Tokens, with a length target": ("tokens", ["target 25, coef 3", "target 40, coef 3", "target 60, coef 3"]),
     "Tokens, under a controller": ("tokens", CONTROLLED),
     "Explained variance, all problems": (
         "explained_variance",
@@ -170,7 +170,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         margin = 0.08 * (max(means) - min(means)) + 0.5
         axis.set_xlim(min(means) - margin, max(means) + margin)
     axes[0].set_yticks(range(len(rows)), [f"{row['variant']}  ({row['seeds']})" for row in rows], fontsize=8)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
     figure.suptitle("One factor of the length credit at a time (number of seeds)")
     figure.savefig(path, dpi=150)
     plt.close(figure)
