@@ -5,9 +5,11 @@
    is soon forgotten, and the coefficient never changes its sign. An accuracy above the policy's start cannot be kept
    yet: it is due at the end of training, and until then what is required rises with the square of the progress. A
    policy learns fast first and slowly then, so it is not held to a target from the beginning that it will soon pass.
-2. **A mean length** is reached and held by a coefficient of either sign: rate * e, plus the sum of all rate * e over
-   `INTEGRAL_BATCHES`, with e = log(length / target). The coefficient does not set the length but its change: a policy
-   that was shortened stays short at 0, and a coefficient that only grew and shrank would overshoot for good.
+2. **A mean length** is reached and held by a coefficient of either sign, rate * log(length / due). The coefficient does
+   not set the length but its change: a policy that was shortened stays short at 0, and one that became too short comes
+   back slowly, with no longer completions to learn from. So it is led: what is due goes evenly, in its logarithm, from
+   the length at the start to the target, in the first `DUE` of the training. The sum of all excesses, but for the lag
+   on that way, is added to the coefficient over `INTEGRAL_BATCHES`, against a drift of the policy's own.
 3. What is measured is smoothed over batches, of the prompts that were really seen, before any of them was replaced.
 4. The first batches change nothing. Under "accuracy" they say where the policy started, so nothing presses it yet. They
    are few: their standard error is taken off, or a start that they overrate would be required for good.
@@ -27,6 +29,9 @@ SCHEDULES = ("linear", "cosine")
 INTEGRAL_BATCHES = 30
 """Batches of a constant excess in which its sum weighs as much as the excess itself."""
 
+DUE = 0.5
+"""Share of the training in which the policy is led to a mean length; the rest holds it."""
+
 
 @dataclass(frozen=True)
 class ControllerSettings:
@@ -38,7 +43,7 @@ class ControllerSettings:
 
     kind: ControllerKind = "none"
     """"accuracy" keeps the share of correct completions at a target or above, and shortens as far as that allows;
-    "tokens" reaches a mean length and holds it; "linear" and "cosine" go from the first coefficient to `end`."""
+    "tokens" leads to a mean length and holds it; "linear" and "cosine" go from the first coefficient to `end`."""
     target: float | None = None
     """Share of correct completions, or mean tokens. None with "accuracy": that of the warm-up, minus `margin` and its
     standard error. A share above that is due at the end of training."""
@@ -46,7 +51,7 @@ class ControllerSettings:
     """Accuracy that may be given away, where the target is the policy's own start, beside the standard error of it."""
     rate: float = 3.0
     """Change of the coefficient's logarithm in one batch, for a slack of 1: a point above the target raises it by 3 %.
-    With "tokens": the coefficient for a length e times the target."""
+    With "tokens": the coefficient for a length e times what is due."""
     smoothing: float = 0.7
     """Weight of the past in the mean over batches. More of it makes the controller late, and so unstable."""
     warmup: int = 5
@@ -166,7 +171,7 @@ class LengthController:
         if settings.kind == "accuracy":
             self._ascend(self._required(self.target, progress))
         else:
-            self._regulate(self.target)
+            self._regulate(self.target, progress)
 
     def _required(self, target: float, progress: float) -> float:
         start = self._least_at_start()
@@ -180,10 +185,14 @@ class LengthController:
         size = abs(self._coef) * math.exp(self.settings.rate * self.trust * (self.measured - required))
         self._coef = math.copysign(min(max(size, self.settings.low), self.settings.high), self._coef)
 
-    def _regulate(self, target: float) -> None:
-        excess = math.log(max(self.measured, 1.0) / target)
+    def _regulate(self, target: float, progress: float) -> None:
+        start, left = max(fmean(self._first), 1.0), max(1.0 - progress / DUE, 0.0)
+        due = target * (start / target) ** left
+        excess = math.log(max(self.measured, 1.0) / due)
         wanted = self.settings.rate * excess + self._offset
         self._coef = min(max(wanted, -self.settings.high), self.settings.high)
+        if progress < DUE and excess * math.log(start / target) > 0:
+            return  # the lag of a policy that is led, summed up, would drive it past the target
         if self._coef == wanted or wanted * excess < 0:  # a sum that grew at the bound would have to shrink first
             self._offset += self.settings.rate * self.trust * excess / INTEGRAL_BATCHES
 

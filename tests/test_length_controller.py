@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lenvm_rl.length_controller import INTEGRAL_BATCHES, ControllerSettings, LengthController, scheduled
+from lenvm_rl.length_controller import DUE, INTEGRAL_BATCHES, ControllerSettings, LengthController, scheduled
 
 
 class Policy:
@@ -103,6 +103,58 @@ def test_a_length_is_regulated_in_proportion_to_its_logarithm_and_to_the_sum_of_
     assert seen[0] == 1.0
     assert seen[1:4] == pytest.approx([2.0, 2.0 + 2.0 / INTEGRAL_BATCHES, -2.0 + 4.0 / INTEGRAL_BATCHES])
     assert -10.0 <= seen[4] < -7.0, "a mean of no tokens counts as one"
+
+
+@pytest.mark.parametrize("start", [80.0, 20.0])
+def test_a_length_is_led_evenly_to_its_target_in_half_of_the_training(start):
+    controller = LengthController(ControllerSettings("tokens", target=40.0, smoothing=0.0, warmup=1), 1.0)
+    controller.observe(0.9, start, progress=0.0)
+    for progress, due in ((0.0, start), (DUE / 2, math.sqrt(start * 40.0)), (DUE, 40.0), (1.0, 40.0)):
+        controller.observe(0.9, due, progress)
+        assert controller.coef == pytest.approx(0.0, abs=1e-12)
+
+
+def test_lagging_behind_is_summed_up_once_the_target_is_due():
+    controller = LengthController(ControllerSettings("tokens", target=40.0, smoothing=0.0, warmup=1), 1.0)
+    controller.observe(0.9, 80.0, progress=0.0)
+    for progress in (0.1, 0.2, 0.3, 0.4):
+        controller.observe(0.9, 80.0, progress)
+        assert controller.coef == pytest.approx(3.0 * math.log(2.0) * progress / DUE)
+    coefs = []
+    for progress in (DUE, 0.6, 0.7):
+        controller.observe(0.9, 80.0, progress)
+        coefs.append(controller.coef)
+    assert coefs == pytest.approx([3.0 * math.log(2.0) * (1.0 + batches / INTEGRAL_BATCHES) for batches in range(3)])
+
+
+def test_what_is_shorter_than_due_is_summed_up_at_once():
+    controller = LengthController(ControllerSettings("tokens", target=40.0, smoothing=0.0, warmup=1), 1.0)
+    controller.observe(0.9, 80.0, progress=0.0)
+    excess, coefs = math.log(30.0 / math.sqrt(80.0 * 40.0)), []
+    for _ in range(3):
+        controller.observe(0.9, 30.0, progress=DUE / 2)
+        coefs.append(controller.coef)
+    assert coefs == pytest.approx([3.0 * excess * (1.0 + batches / INTEGRAL_BATCHES) for batches in range(3)])
+
+
+class OneWayPolicy(StickyPolicy):
+    """Answers late, and hardly comes back once it has become short."""
+
+    def __init__(self, delay=8, **options):
+        super().__init__(**options)
+        self.queue = [0.0] * delay
+
+    def step(self, coef):
+        self.queue.append(coef)
+        late = self.queue.pop(0)
+        return super().step(late if late > 0.25 else 0.25 + (late - 0.25) / 20)
+
+
+def test_a_policy_that_does_not_come_back_is_not_driven_past_its_target():
+    controller, policy = LengthController(ControllerSettings("tokens", target=30.0), 0.1), OneWayPolicy()
+    for step in range(100):
+        controller.observe(*policy.step(controller.coef), progress=step / 100)
+    assert policy.tokens == pytest.approx(30.0, rel=0.1)
 
 
 def test_the_sum_does_not_grow_while_the_coefficient_is_at_its_bound():

@@ -59,7 +59,7 @@ class LengthSettings:
 
     length_controller: str = "none"
     """Lets the coefficient change, starting from `length_coef`: "accuracy" shortens as far as the share of correct
-    completions stays at a target, "tokens" reaches a mean length and holds it, "linear" and "cosine" are schedules."""
+    completions stays at a target, "tokens" leads to a mean length and holds it, "linear" and "cosine" are schedules."""
 
     length_controller_target: float | None = None
     """Share of correct completions ("accuracy"; None takes that of the first batches, minus its standard error and the
@@ -70,7 +70,7 @@ class LengthSettings:
 
     length_controller_rate: float = 3.0
     """Change of the coefficient's logarithm by one batch, for a slack of 1 ("accuracy"), or the coefficient for a
-    length e times the target ("tokens")."""
+    length e times what is due ("tokens")."""
 
     length_controller_smoothing: float = 0.7
     """Weight of the past in the mean of accuracy or length over batches."""
