@@ -24,9 +24,11 @@ def test_the_coefficient_follows_the_lengths_that_were_sampled(train, critic_fol
         max_steps=4,
     )
     tokens, found = logged(trainer, "length/tokens"), logged(trainer, "length/coef")
-    excess = [math.log(seen / 2.0) for seen in tokens]
-    # the first batch changes nothing, and what the second one says is for the third
-    expected = [1.0, 1.0, 0.5 * excess[1], 0.5 * excess[2] + 0.5 * excess[1] / INTEGRAL_BATCHES]
+    # the first batch changes nothing, and what the second one says is for the third: a quarter of the training is done
+    # then, and half of the way to the target; what it lags behind is not summed up
+    excess = [math.log(tokens[1] / math.sqrt(tokens[0] * 2.0)), math.log(tokens[2] / 2.0)]
+    summed = 0.5 * min(excess[0], 0.0) / INTEGRAL_BATCHES
+    expected = [1.0, 1.0, 0.5 * excess[0], 0.5 * excess[1] + summed]
     assert found == pytest.approx(expected) and found[3] > 0.0
 
 
