@@ -11,8 +11,8 @@
    the length at the start to the target, in the first `DUE` of the training. The sum of all excesses, but for the lag
    on that way, is added to the coefficient over `INTEGRAL_BATCHES`, against a drift of the policy's own.
 3. What is measured is smoothed over batches, of the prompts that were really seen, before any of them was replaced.
-4. The first batches change nothing. Under "accuracy" they say where the policy started, so nothing presses it yet. They
-   are few: their standard error is taken off, or a start that they overrate would be required for good.
+4. The first batches change nothing: they say where the policy started. Under "accuracy" nothing presses it in them, and
+   their standard error is taken off: they are few, and a start that they overrate would be required for good.
 5. While the critic is not trusted, what the policy does says nothing of the coefficient, which waits.
 """
 
